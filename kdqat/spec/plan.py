@@ -1,0 +1,113 @@
+"""Which layer of a model has which scheme: the artifact that travels with every checkpoint and export."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from kdqat.spec.presets import parse_scheme, preset_name
+from kdqat.spec.quant_spec import LayerScheme
+
+PLAN_FILE = "quant_plan.json"
+
+
+class LayerShape(Protocol):
+    """What the bit accounting needs to know of a layer; `kdqat.types.LayerRef` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class QuantPlan(Mapping[str, LayerScheme]):
+    """Layer name -> scheme, for one model; and the matmul layers deliberately left in full precision."""
+
+    layers: Mapping[str, LayerScheme]
+    ignored: tuple[str, ...] = field(default=())
+
+    def __getitem__(self, name: str) -> LayerScheme:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def average_bits(self, layers: Sequence[LayerShape]) -> float:
+        """Bits per weight of the planned layers, *counted*: scales and zero points included."""
+        return self._average(layers, lambda spec, shape: spec.storage_bits(shape))
+
+    def nominal_bits(self, layers: Sequence[LayerShape]) -> float:
+        """Bits per weight of the planned layers without their scales: the figure papers print."""
+        return self._average(layers, lambda spec, shape: spec.bits * math.prod(shape))
+
+    def _average(self, layers: Sequence[LayerShape], bits_of: Any) -> float:
+        planned = [
+            (spec, layer.shape)
+            for layer in layers
+            if layer.name in self and (spec := self[layer.name].weight)
+        ]
+        if not planned:
+            raise ValueError("the plan quantizes none of these layers, so it has no average bits")
+        return sum(bits_of(s, shape) for s, shape in planned) / sum(math.prod(shape) for _, shape in planned)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; equal schemes are written once."""
+        names: dict[LayerScheme, str] = {}
+        for scheme in self.values():
+            names.setdefault(scheme, preset_name(scheme) or f"scheme{len(names)}")
+        return {
+            "version": 1,
+            "schemes": {name: asdict(scheme) for scheme, name in names.items()},
+            "layers": {layer: names[scheme] for layer, scheme in self.items()},
+            "ignored": list(self.ignored),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> QuantPlan:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: if the data is no plan of this version.
+        """
+        if data.get("version") != 1 or not {"schemes", "layers"} <= set(data):
+            raise ValueError(
+                "this is no quantization plan of version 1 (keys: version, schemes, layers, ignored)"
+            )
+        schemes = {name: parse_scheme(scheme) for name, scheme in data["schemes"].items()}
+        missing = set(data["layers"].values()) - set(schemes)
+        if missing:
+            raise ValueError(f"the plan's layers name schemes it does not define: {sorted(missing)}")
+        return cls({n: schemes[s] for n, s in data["layers"].items()}, tuple(data.get("ignored", ())))
+
+    def save(self, path: Path) -> None:
+        """Write JSON to `path` (a file, or a folder that gets `quant_plan.json`), whole or not at all."""
+        path = path / PLAN_FILE if path.is_dir() else path
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(self.to_json(), indent=1))
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> QuantPlan:
+        """Read a plan from a file, or from the folder that holds one.
+
+        Raises:
+            ValueError: if there is none, or it is not valid; the message names the file.
+        """
+        path = path / PLAN_FILE if path.is_dir() else path
+        try:
+            return cls.from_json(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path}: no such file; a plan is written by `kdqat quantize` and `fit`"
+            ) from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,78 @@
+"""The values that travel between packages. Ours, not a library's: a loss or an exporter sees nothing else.
+
+Letters in shapes: B batch, T tokens, H hidden width, V vocabulary, O out, I in, N groups, G group size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+IGNORE_INDEX = -100  # the label of a token that no loss counts; the value transformers uses
+
+
+class Batch(NamedTuple):
+    """One micro-batch, as the data package makes it and the training step receives it.
+
+    `labels[b, t]` is the token *at* position t, or IGNORE_INDEX; the shift by one happens in `losses`.
+    `segment_ids` numbers the documents packed into a row from 0; None means a row is one document.
+    """
+
+    input_ids: Tensor  # [B, T] int64
+    labels: Tensor  # [B, T] int64
+    attention_mask: Tensor | None = None  # [B, T] 1 real, 0 padding; None: nothing is padded
+    segment_ids: Tensor | None = None  # [B, T] int64
+    position_ids: Tensor | None = None  # [B, T] int64, restarting with every segment
+
+
+class QParams(NamedTuple):
+    """Scale and zero point, each [O, N, 1], [O, 1, 1] or [1]: value = scale * (code - zero_point)."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+class Outputs(NamedTuple):
+    """What a model answers. `head` turns hidden states into the model's own logits: bias, soft-cap and logit
+    scale included. It is a *call*, because F.linear on the head's weight is wrong for about 30 families and
+    breaks under FSDP2."""
+
+    hidden: Tensor  # [B, T, H] after the final norm
+    head: Callable[[Tensor], Tensor]  # [..., H] -> [..., V]
+    extras: Mapping[str, tuple[Tensor, ...]]  # whatever was in `wants`: "hidden_states", "attentions"
+
+
+class LossParts(NamedTuple):
+    """A loss as a sum and what it was summed over, so that unequal micro-batches and ranks add up.
+
+    `by_name` holds named sums over the same number (detached), for the log.
+    """
+
+    sum: Tensor  # 0-D, differentiable
+    num: Tensor  # 0-D: what the sum is divided by: tokens (token_mean) or sequences (sequence_sum)
+    by_name: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerRef:
+    """One matmul layer of a model: where it is and what it is for.
+
+    `block` is the index of its transformer block, None outside the blocks; `role` is one of q k v qkv o gate up
+    down lm_head, or the last part of its name where nothing is known about it.
+    """
+
+    name: str
+    block: int | None
+    role: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """What an initializer sees: the fake-quantized layers of one transformer block, by full name."""
+
+    index: int | None
+    layers: Mapping[str, Any]  # name -> kdqat.quant.linear.FakeQuantLinear
