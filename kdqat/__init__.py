@@ -1,1 +1,60 @@
+"""kdqat: quantization-aware training and distillation.
+
+Public names are resolved on first use (PEP 562): `import kdqat`, `kdqat --help` and `kdqat report` load no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "kdqat.api": ("evaluate", "export", "fit", "quantize"),
+    "kdqat.allocate": ("BitAllocator", "FromFile", "Uniform"),
+    "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
+    "kdqat.evaluate": ("Evaluator", "Perplexity", "TeacherAgreement"),
+    "kdqat.export": ("DequantizedHF", "Exporter"),
+    "kdqat.initializers": ("RTN", "Initializer", "MSEGrid"),
+    "kdqat.losses": (
+        "CAKLD",
+        "TVD",
+        "AttentionTransfer",
+        "CrossEntropy",
+        "DistillLoss",
+        "ForwardKL",
+        "GeneralizedJSD",
+        "HiddenStates",
+        "ReverseKL",
+        "WeightedSum",
+    ),
+    "kdqat.models": ("FrozenTeacher", "ModelSource", "Teacher"),
+    "kdqat.quant": (
+        "LSQ",
+        "FakeQuantizer",
+        "FakeQuantLinear",
+        "Fixed",
+        "MinMax",
+        "apply_plan",
+        "fake_quant_layers",
+        "full_precision",
+        "strip_fake_quant",
+    ),
+    "kdqat.spec": ("LayerScheme", "QuantPlan", "QuantSpec", "preset"),
+    "kdqat.student": ("Student", "load_student", "prepare_student", "save_student"),
+    "kdqat.training": ("Checkpoints", "KDQATModule", "Parallel", "WarmupCosine"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kdqat' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,6 @@
+"""What happens around training steps."""
+
+from kdqat.callbacks.progress import ProgressLine
+from kdqat.callbacks.stop import StopOnSignal
+
+__all__ = ["ProgressLine", "StopOnSignal"]

@@ -1,0 +1,7 @@
+"""How a student's first scales are chosen."""
+
+from kdqat.initializers.base import Initializer
+from kdqat.initializers.mse_grid import MSEGrid
+from kdqat.initializers.rtn import RTN
+
+__all__ = ["RTN", "Initializer", "MSEGrid"]

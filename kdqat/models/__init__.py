@@ -1,0 +1,18 @@
+"""Models: where they come from, what their layers are for, body and head, and the teacher."""
+
+from kdqat.models.roles import block_prefix, blocks_of, family_of, layer_refs
+from kdqat.models.source import ModelSource
+from kdqat.models.split import SplitModel, cut_vocabulary
+from kdqat.models.teacher import FrozenTeacher, Teacher
+
+__all__ = [
+    "FrozenTeacher",
+    "ModelSource",
+    "SplitModel",
+    "Teacher",
+    "block_prefix",
+    "blocks_of",
+    "cut_vocabulary",
+    "family_of",
+    "layer_refs",
+]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from kdqat.files import write_text
 from kdqat.spec.presets import parse_scheme, preset_name
 from kdqat.spec.quant_spec import LayerScheme
 
@@ -50,11 +50,7 @@ class QuantPlan(Mapping[str, LayerScheme]):
         return self._average(layers, lambda spec, shape: spec.bits * math.prod(shape))
 
     def _average(self, layers: Sequence[LayerShape], bits_of: Any) -> float:
-        planned = [
-            (spec, layer.shape)
-            for layer in layers
-            if layer.name in self and (spec := self[layer.name].weight)
-        ]
+        planned = [(spec, layer.shape) for layer in layers if layer.name in self and (spec := self[layer.name].weight)]
         if not planned:
             raise ValueError("the plan quantizes none of these layers, so it has no average bits")
         return sum(bits_of(s, shape) for s, shape in planned) / sum(math.prod(shape) for _, shape in planned)
@@ -79,9 +75,7 @@ class QuantPlan(Mapping[str, LayerScheme]):
             ValueError: if the data is no plan of this version.
         """
         if data.get("version") != 1 or not {"schemes", "layers"} <= set(data):
-            raise ValueError(
-                "this is no quantization plan of version 1 (keys: version, schemes, layers, ignored)"
-            )
+            raise ValueError("this is no quantization plan of version 1 (keys: version, schemes, layers, ignored)")
         schemes = {name: parse_scheme(scheme) for name, scheme in data["schemes"].items()}
         missing = set(data["layers"].values()) - set(schemes)
         if missing:
@@ -91,9 +85,7 @@ class QuantPlan(Mapping[str, LayerScheme]):
     def save(self, path: Path) -> None:
         """Write JSON to `path` (a file, or a folder that gets `quant_plan.json`), whole or not at all."""
         path = path / PLAN_FILE if path.is_dir() else path
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.to_json(), indent=1))
-        os.replace(part, path)
+        write_text(path, json.dumps(self.to_json(), indent=1))
 
     @classmethod
     def load(cls, path: Path) -> QuantPlan:
@@ -106,8 +98,6 @@ class QuantPlan(Mapping[str, LayerScheme]):
         try:
             return cls.from_json(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise ValueError(
-                f"{path}: no such file; a plan is written by `kdqat quantize` and `fit`"
-            ) from None
+            raise ValueError(f"{path}: no such file; a plan is written by `kdqat quantize` and `fit`") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from error

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 Granularity = Literal["tensor", "channel", "group"]
 ScaleRule = Literal["absmax", "absmax_half", "signed_max"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
-ZeroPoint = Literal["none", "integer", "float"]
+ZeroPoint = Literal["none", "integer"]
 
 _DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 
@@ -30,7 +30,7 @@ class QuantSpec:
             magnitude falls on -2^(b-1) (llama.cpp). Asymmetric: "absmax" (max-min)/(2^b-1), the range widened
             to hold zero (GPTQ); the other two are for symmetric grids.
         scale_dtype: dtype of the stored scale; training rounds to it in the forward pass.
-        zero_point: "none" (symmetric), "integer" (a code), "float" (stored in scale_dtype).
+        zero_point: "none" (symmetric) or "integer" (one of the codes).
 
     Raises:
         ValueError: for an unknown value or a combination no file format holds; the message names the remedy.
@@ -56,10 +56,7 @@ class QuantSpec:
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {self.group_size}")
         if self.symmetric != (self.zero_point == "none"):
-            raise ValueError(
-                "symmetric=True goes with zero_point='none'; "
-                "symmetric=False needs zero_point='integer' or 'float'"
-            )
+            raise ValueError("symmetric=True goes with zero_point='none', symmetric=False with zero_point='integer'")
         if not self.symmetric and self.scale_rule != "absmax":
             raise ValueError(f"scale_rule={self.scale_rule!r} needs symmetric=True")
         if self.symmetric and self.bits == 1:
@@ -89,16 +86,14 @@ class QuantSpec:
         if in_features % self.group_size:
             fits = [g for g in (32, 64, 128, 16, 8) if in_features % g == 0]
             remedy = f"use group_size {' or '.join(map(str, fits))}" if fits else "use granularity='channel'"
-            raise ValueError(
-                f"group_size {self.group_size} does not divide input width {in_features}: {remedy}"
-            )
+            raise ValueError(f"group_size {self.group_size} does not divide input width {in_features}: {remedy}")
         return (out_features, in_features // self.group_size, 1)
 
     def storage_bits(self, shape: Sequence[int]) -> int:
         """Bits a tensor of `shape` takes: its codes, its scales and its zero points."""
         num_qparams = math.prod(self.qparam_shape(shape))
         scale_bits = _DTYPE_BITS[self.scale_dtype]
-        zero_bits = {"none": 0, "integer": self.bits, "float": scale_bits}[self.zero_point]
+        zero_bits = 0 if self.symmetric else self.bits
         return math.prod(shape) * self.bits + num_qparams * (scale_bits + zero_bits)
 
 

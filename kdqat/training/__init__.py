@@ -1,0 +1,20 @@
+"""Training: the Lightning module, its optimizer groups, its checkpoints."""
+
+from kdqat.training.checkpoint import Checkpoints, WholeFileIO, newest_complete
+from kdqat.training.logger import CSVMetrics
+from kdqat.training.module import KDQATModule
+from kdqat.training.nonfinite import NonFiniteLossError
+from kdqat.training.optim import WarmupCosine, parameter_groups
+from kdqat.training.parallel import Parallel
+
+__all__ = [
+    "CSVMetrics",
+    "Checkpoints",
+    "KDQATModule",
+    "NonFiniteLossError",
+    "Parallel",
+    "WarmupCosine",
+    "WholeFileIO",
+    "newest_complete",
+    "parameter_groups",
+]

@@ -1,0 +1,5 @@
+"""`python -m kdqat`."""
+
+from kdqat.cli.main import main
+
+main()

@@ -1,0 +1,197 @@
+"""The verbs as functions: quantize, fit, evaluate, export. The command line calls these and adds a run directory.
+
+student = kdqat.quantize("toy:llama", "W4A16_G32")
+student = kdqat.fit(student, data=kdqat.PythonDocs(seq_len=128), loss=kdqat.ForwardKL(), steps=50)
+print(kdqat.evaluate(student, [kdqat.TeacherAgreement("python_docs:heldout")]))
+kdqat.export(student, kdqat.DequantizedHF(), "out/")
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from kdqat.allocate import BitAllocator, Uniform
+from kdqat.callbacks import ProgressLine, StopOnSignal
+from kdqat.data import TextData
+from kdqat.evaluate import Evaluator
+from kdqat.export import Exporter
+from kdqat.files import whole_folder
+from kdqat.initializers import Initializer, MSEGrid
+from kdqat.losses import DistillLoss, ForwardKL
+from kdqat.models import FrozenTeacher, ModelSource, Teacher
+from kdqat.quant import LSQ, QuantizerFactory
+from kdqat.spec import LayerScheme
+from kdqat.student import Student, prepare_student
+from kdqat.training import Checkpoints, CSVMetrics, KDQATModule, WarmupCosine, WholeFileIO
+
+log = logging.getLogger(__name__)
+
+
+def quantize(
+    model: str | ModelSource,
+    scheme: str | LayerScheme | BitAllocator,
+    *,
+    quantizer: QuantizerFactory = LSQ,
+    initializer: Initializer | None = None,
+) -> Student:
+    """A fake-quantized student, ready to train, evaluate or export.
+
+    Args:
+        model: where it comes from; see ModelSource.path.
+        scheme: a preset, a scheme for every layer but lm_head, or an allocator.
+        quantizer: of the weights.
+        initializer: of the scales; default MSEGrid.
+
+    Raises:
+        ValueError: if the model cannot be had or the plan does not fit it.
+    """
+    source = ModelSource(model) if isinstance(model, str) else model
+    allocator = scheme if isinstance(scheme, BitAllocator) else Uniform(scheme)
+    return prepare_student(source, allocator, quantizer, initializer if initializer is not None else MSEGrid())
+
+
+def fit(
+    student: Student,
+    *,
+    data: TextData,
+    loss: DistillLoss | None = None,
+    steps: int = 100,
+    teacher: Teacher | None = None,
+    optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
+    callbacks: Sequence[L.Callback] = (),
+    out_dir: str | Path | None = None,
+    **trainer_args: Any,
+) -> Student:
+    """Train `student` in place against `teacher`; returns it.
+
+    Args:
+        data: what to train on.
+        loss: default ForwardKL.
+        steps: optimizer steps, under a cosine schedule.
+        teacher: default: the student's source, frozen, in float32.
+        optimizer: called with parameter groups; default AdamW at 1e-4 without weight decay.
+        callbacks: besides progress and stop-on-signal.
+        out_dir: run directory for metrics and checkpoints; None writes nothing.
+        trainer_args: for lightning.Trainer, e.g. precision="bf16-mixed".
+    """
+    module = KDQATModule.from_student(
+        student,
+        plan=Uniform("W4A16"),  # not asked: the student has its plan
+        quantizer=LSQ,
+        loss=loss if loss is not None else ForwardKL(),
+        optimizer=optimizer or partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0),
+        scheduler=WarmupCosine,
+        teacher=teacher if teacher is not None else FrozenTeacher(dtype="float32"),
+    )
+    bind_data(data, student)
+    args = {"max_steps": steps, "accelerator": "auto", "devices": 1, **trainer_args}
+    trainer = make_trainer(args, None if out_dir is None else Path(out_dir), callbacks)
+    trainer.fit(module, datamodule=data, weights_only=True)
+    student.split.cpu().eval()
+    return student
+
+
+def bind_data(data: TextData, student: Student) -> None:
+    """Give `data` the student's tokenizer and check that its rows fit the model's positions."""
+    data.bind(student.tokenizer, getattr(student.model.config, "max_position_embeddings", None))
+
+
+def make_trainer(args: dict[str, Any], run: Path | None, callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
+    """A Trainer as kdqat needs it, with what the recipe says on top.
+
+    Args:
+        args: Trainer arguments of the recipe.
+        run: run directory; None: no checkpoints and no logs.
+        callbacks: in addition to those in `args`.
+    """
+    args = {key: value for key, value in args.items() if value is not None}
+    mine = [*_listed(args.pop("callbacks", None)), *callbacks]
+    mine += [ProgressLine()] if args.pop("enable_progress_bar", True) and not _has(mine, ProgressLine) else []
+    if run is not None:
+        mine += [] if _has(mine, Checkpoints) else [Checkpoints()]
+        args.setdefault("logger", [TensorBoardLogger(str(run), name="tensorboard", version=""), CSVMetrics(str(run))])
+    else:
+        args = {"logger": False, "enable_checkpointing": False, **args}
+    args.setdefault("log_every_n_steps", 10)
+    args.setdefault("num_sanity_val_steps", 0)
+    return L.Trainer(
+        **{
+            **args,
+            "default_root_dir": run,
+            "callbacks": [*mine, StopOnSignal()],
+            "plugins": [*_listed(args.get("plugins")), WholeFileIO()],
+            "use_distributed_sampler": False,  # the loaders know their rank
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+    )
+
+
+def evaluate(
+    student: Student,
+    evaluators: Sequence[Evaluator],
+    teacher: Teacher | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    name: str = "student",
+) -> dict[str, dict[str, float]]:
+    """Numbers of every evaluator, by its label.
+
+    Args:
+        teacher: default: the student's source, frozen, in float32.
+        device: where teacher and student compute.
+        name: of the student, for the progress line.
+
+    Raises:
+        ValueError: if two evaluators have the same label.
+    """
+    labels = [evaluator.label for evaluator in evaluators]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"evaluate: two evaluators are called {label!r}; give one of them a label")
+    teacher = teacher if teacher is not None else FrozenTeacher(dtype="float32")
+    teacher.prepare(student.source, student.split, student.tokenizer, pristine=False)
+    teacher.place(torch.device(device))
+    training = student.split.training
+    student.split.to(device).eval()
+    results = {}
+    try:
+        for evaluator in evaluators:
+            log.info("evaluating %s on %s", name, evaluator.label)
+            results[evaluator.label] = evaluator.evaluate(student, teacher)
+    finally:
+        student.split.train(training)
+    return results
+
+
+def export(student: Student, exporter: Exporter, out_dir: str | Path, *, overwrite: bool = False) -> Path:
+    """Write `student` into `out_dir`, whole or not at all; returns the folder.
+
+    Raises:
+        ValueError: if the format cannot hold the plan, or the folder exists.
+    """
+    out_dir = Path(out_dir)
+    reason = exporter.refuses(student.plan)
+    if reason:
+        raise ValueError(f"export {exporter.name}: {reason}")
+    if out_dir.exists() and not overwrite:
+        raise ValueError(f"{out_dir} exists already: use --overwrite (overwrite=True) or another folder")
+    with whole_folder(out_dir, overwrite=overwrite) as folder:
+        exporter.export(student, folder)
+    return out_dir
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _has(callbacks: Sequence[Any], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)

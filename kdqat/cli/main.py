@@ -1,0 +1,80 @@
+"""`kdqat VERB ...`: finds the verb, keeps help, version and report free of torch, turns errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import kdqat
+
+EPILOG = """\
+Any key of the recipe can be overridden by its dotted path:
+  kdqat fit recipes/quickstart.yaml --trainer.max_steps 50 --model.plan.scheme W3A16_G64
+Further options: --config FILE (its keys win), --print_config (the resolved recipe), --model.quantizer.help LSQ.
+"""
+
+VERBS = {
+    "quantize": "prepare a student: plan, swap, first scales             -> prepared/",
+    "fit": "train it against its teacher, evaluate, export        -> student/ eval.json export/",
+    "validate": "KL and perplexity on the recipe's validation rows     -> validation.json",
+    "eval": "perplexity and agreement with the teacher             -> eval.json",
+    "export": "write the formats of the recipe                       -> export/FORMAT/",
+    "generate": "let a run's student continue a prompt",
+    "report": "what is in a run directory, without loading torch",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The outer parser; whatever it does not know are overrides for the recipe's parser."""
+    parser = argparse.ArgumentParser(
+        prog="kdqat",
+        description="A low-bit student that is as good as its teacher, exported as it was trained.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"kdqat {kdqat.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, text in VERBS.items():
+        verb = verbs.add_parser(name, help=text, description=text, epilog=EPILOG,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        if name == "report":
+            verb.add_argument("run", nargs="+", type=Path, help="run directories")
+            verb.add_argument("--json", action="store_true", help="JSON instead of Markdown")
+            continue
+        verb.add_argument("recipe", type=Path, help="a recipe (YAML) or a run directory")
+        if name == "generate":
+            verb.add_argument("prompt", help="text to continue")
+            verb.add_argument("--max_new_tokens", type=int, default=64)
+            verb.add_argument("--chat", action="store_true", help="the prompt is a user's turn of the chat template")
+            continue
+        verb.add_argument("--overwrite", action="store_true", help="replace this verb's earlier output")
+        if name == "fit":
+            verb.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb. Exit codes: 0 done, 2 bad input (one line on stderr), 128 + n stopped by signal n."""
+    options, rest = build_parser().parse_known_args(arguments)
+    try:
+        if options.verb == "report":
+            from kdqat.report import report
+
+            if rest:
+                raise ValueError(f"unknown argument {rest[0]!r}")
+            print(report(options.run, options.json))
+            return
+        from kdqat.cli import verbs
+
+        code = getattr(verbs, options.verb)(options, rest)
+    except (ValueError, OSError) as error:
+        text = " ".join(str(error).split())
+        print(f"kdqat {options.verb}: {text}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

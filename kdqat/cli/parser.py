@@ -1,0 +1,93 @@
+"""The recipe parser: YAML with class_path and init_args, dotted overrides, short class names.
+
+The only file that knows jsonargparse. It speaks the dialect of LightningCLI without being one: LightningCLI builds a
+Trainer for every verb (`eval` on a laptop of a recipe for four GPUs would fail there), takes subcommands from
+Trainer methods and silently prefers a checkpoint's hyperparameters to the command line (docs/architecture.md, 11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from kdqat import allocate, callbacks, data, evaluate, export, initializers, losses, models, quant, training
+from kdqat.cli.explain import explain, nearest
+from kdqat.data import TextData
+from kdqat.evaluate import Evaluator
+from kdqat.export import Exporter
+from kdqat.report import RunDir, read_yaml
+from kdqat.training import KDQATModule
+
+METHODS = (allocate, callbacks, data, evaluate, export, initializers, losses, models, quant, training)
+SECTIONS = ("seed_everything", "model", "data", "trainer", "evaluate", "export")
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe: its resolved content, and everything it names, built (constructors are cheap)."""
+
+    content: dict[str, Any]
+    seed: int
+    model: KDQATModule
+    data: TextData | None
+    trainer: dict[str, Any]
+    evaluators: list[Evaluator]
+    exporters: list[Exporter]
+    run: RunDir
+
+
+def parse_recipe(path: Path, arguments: Sequence[str] = ()) -> Recipe:
+    """Read a recipe (or the recipe.yaml of a run directory) with overrides.
+
+    Args:
+        path: a YAML file, or a run directory.
+        arguments: dotted overrides, further `--config FILE`, `--print_config`.
+
+    Raises:
+        ValueError: one message naming key and remedy.
+    """
+    file = path / "recipe.yaml" if path.is_dir() else path
+    if not file.is_file():
+        kind = "the folder holds no recipe.yaml, so it is no run directory" if path.is_dir() else "no such recipe"
+        raise ValueError(f"{path}: {kind}")
+    for key in read_yaml(file):
+        if key not in SECTIONS:
+            raise ValueError(f"{file}: unknown section {key!r}{nearest(key, SECTIONS)}")
+    parser = build_parser()
+    try:
+        config = parser.parse_args(["--config", str(file), *arguments])
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = str(path if path.is_dir() else Path("runs") / file.stem)
+        content = yaml.safe_load(parser.dump(config, skip_unset=True))
+        built = parser.instantiate(config)
+    except ArgumentError as error:
+        raise ValueError(f"{file}: {explain(str(error), parser, METHODS)}") from error
+    return Recipe(
+        content=content,
+        seed=built.seed_everything,
+        model=built.model,
+        data=built.get("data"),
+        trainer=built.trainer.as_dict(),
+        evaluators=list(built.evaluate),
+        exporters=list(built.export),
+        run=RunDir(built.trainer.default_root_dir),
+    )
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of recipes; its keys are the sections of a recipe."""
+    parser = ArgumentParser(prog="kdqat VERB RECIPE", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a further recipe file whose keys win")
+    parser.add_argument("--seed_everything", type=int, default=0, help="seed of Python, NumPy and torch")
+    parser.add_class_arguments(KDQATModule, "model")
+    parser.add_subclass_arguments(TextData, "data", required=False)
+    parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
+    parser.add_argument("--evaluate", type=list[Evaluator], default=[], help="what to measure")
+    parser.add_argument("--export", type=list[Exporter], default=[], help="formats to write")
+    return parser

@@ -1,0 +1,132 @@
+"""What each verb does in a run directory. The work itself is in `kdqat.api` and below."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdqat import api
+from kdqat.callbacks import StopOnSignal
+from kdqat.cli.session import (
+    begin,
+    compare,
+    console,
+    device_of,
+    first_process,
+    measure_rtn,
+    quiet,
+    run_of,
+    save,
+    student_folder,
+)
+from kdqat.export import Exporter
+from kdqat.student import Student, load_student
+from kdqat.training import newest_complete
+from kdqat.training.gather import gather_student
+
+
+def quantize(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Prepare a student and save it to prepared/."""
+    recipe = begin("quantize", options, overrides)
+    student = recipe.model.prepare()
+    save(student, recipe.run.prepared)
+    console.print(f"prepared student: {recipe.run.prepared}")
+
+
+def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Train, save student/, then run the recipe's evaluate and export sections."""
+    recipe = begin("fit", options, overrides, resume=options.resume)
+    if recipe.data is None:
+        raise ValueError(f"{options.recipe}: fit needs a data section (docs/recipes.md)")
+    checkpoint = newest_complete(recipe.run.checkpoints) if options.resume else None
+    trainer = api.make_trainer(recipe.trainer, recipe.run.path)
+    student = recipe.model.build(recipe.run.prepared if recipe.run.prepared.is_dir() else None)
+    api.bind_data(recipe.data, student)
+    if recipe.evaluators and first_process():
+        measure_rtn(recipe, student)
+    trainer.fit(recipe.model, datamodule=recipe.data, ckpt_path=checkpoint, weights_only=True)
+    stopped = next(c.received for c in trainer.callbacks if isinstance(c, StopOnSignal))  # type: ignore[attr-defined]
+    if stopped:
+        console.print(f"stopped at step {trainer.global_step}, saved; `kdqat fit {options.recipe} --resume` goes on")
+        return 128 + stopped
+    student = gather_student(trainer, recipe.model)
+    if not trainer.is_global_zero:
+        return 0
+    save(student, recipe.run.student)
+    console.print(f"trained student: {recipe.run.student}")
+    if recipe.evaluators:
+        compare(recipe, student, recipe.run.student)
+    _export(student, recipe.exporters, recipe.run.export, overwrite=options.overwrite)
+    return 0
+
+
+def validate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """KL and perplexity on the validation rows of the recipe's data, into validation.json."""
+    recipe = begin("validate", options, overrides)
+    if recipe.data is None:
+        raise ValueError(f"{options.recipe}: validate needs a data section (docs/recipes.md)")
+    folder = student_folder(recipe.run)
+    student = recipe.model.build(folder)
+    api.bind_data(recipe.data, student)
+    trainer = api.make_trainer({**recipe.trainer, "callbacks": None}, None)
+    numbers: dict[str, float] = {}
+    for results in trainer.validate(recipe.model, datamodule=recipe.data, verbose=False):
+        numbers.update(results)
+    if trainer.is_global_zero:
+        recipe.run.write_json("validation.json", {"student": folder.name, **numbers})
+        console.print("  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+
+
+def eval(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Run the recipe's evaluators on teacher, RTN and student, into eval.json."""
+    recipe = begin("eval", options, overrides)
+    if not recipe.evaluators:
+        raise ValueError(f"{options.recipe}: eval needs an evaluate section (docs/recipes.md)")
+    folder = student_folder(recipe.run)
+    measure_rtn(recipe, None)
+    compare(recipe, load_student(folder), folder)
+
+
+def export(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Write every format of the recipe's export section into export/FORMAT/."""
+    recipe = begin("export", options, overrides)
+    if not recipe.exporters:
+        raise ValueError(f"{options.recipe}: export needs an export section (docs/recipes.md)")
+    student = load_student(student_folder(recipe.run))
+    _export(student, recipe.exporters, recipe.run.export, overwrite=options.overwrite)
+
+
+def generate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Let the student of a run continue a prompt, greedily."""
+    if overrides:
+        raise ValueError(f"unknown argument {overrides[0]!r}")
+    quiet()
+    if options.max_new_tokens < 1:
+        raise ValueError("--max_new_tokens must be at least 1")
+    student = load_student(student_folder(run_of(options.recipe)))
+    device = device_of("auto")
+    model = student.model.to(device)
+    if options.chat:
+        if not student.tokenizer.chat_template:
+            raise ValueError("--chat: the tokenizer has no chat template; leave --chat out")
+        turns = [{"role": "user", "content": options.prompt}]
+        inputs = student.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = student.tokenizer(options.prompt, return_tensors="pt")
+    inputs = {key: value.to(device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+    pad = (
+        student.tokenizer.pad_token_id if student.tokenizer.pad_token_id is not None else student.tokenizer.eos_token_id
+    )
+    tokens = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, pad_token_id=pad)[0]
+    if options.chat:
+        tokens = tokens[inputs["input_ids"].shape[1] :]
+    print(student.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _export(student: Student, exporters: Sequence[Exporter], folder: Path, *, overwrite: bool) -> None:
+    for exporter in exporters:
+        where = api.export(student, exporter, folder / exporter.name, overwrite=overwrite)
+        console.print(f"exported {exporter.name}: {where}")

@@ -1,0 +1,56 @@
+"""A plain Hugging Face folder with the dequantized weights: no smaller, and loads everywhere transformers does.
+
+Every planned weight is scale * (code - zero_point) in the chosen dtype. In float32 these are the very numbers the
+student computed with, so logits are equal bit for bit; bfloat16 and float16 round each weight once more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from kdqat.export.base import Exporter
+from kdqat.models.source import Dtype
+from kdqat.spec import QuantPlan
+from kdqat.student import Student, plain_state
+
+
+class DequantizedHF(Exporter):
+    """Dequantized safetensors for `AutoModelForCausalLM.from_pretrained`, with tokenizer and `quant_plan.json`.
+
+    Args:
+        dtype: of the written weights; float32 is exact.
+    """
+
+    name: ClassVar[str] = "dequantized"
+
+    def __init__(self, *, dtype: Dtype = "float32") -> None:
+        self.dtype = dtype
+
+    def refuses(self, plan: QuantPlan) -> str | None:
+        return None  # every grid is a set of numbers
+
+    @torch.no_grad()
+    def export(self, student: Student, out_dir: Path) -> None:
+        dtype = getattr(torch, self.dtype)
+        state = plain_state(student)
+        for name, layer in student.layers.items():
+            state[f"{name}.weight"] = layer.fake_quantized_weight()
+        state = {key: value.detach().to("cpu", dtype) if value.is_floating_point() else value
+                 for key, value in state.items()}  # fmt: skip
+        before = student.model.config.dtype
+        student.model.config.dtype = dtype  # written into config.json; from_pretrained loads in it
+        try:
+            student.model.save_pretrained(out_dir, state_dict=state)
+        finally:
+            student.model.config.dtype = before
+        student.tokenizer.save_pretrained(out_dir)
+        student.plan.save(out_dir)
+
+    def reload(self, out_dir: Path) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(out_dir).eval()

@@ -1,0 +1,77 @@
+"""Files and folders that appear whole or not at all: written under a temporary name, synced, renamed.
+
+A reader, and a run that starts again after a crash, never meets a half-written file under a real name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, replacing what was there in one step."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it is synced and renamed, on an error removed.
+
+    Raises:
+        OSError: of the writing itself, with what was at `path` untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        _sync(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give an empty temporary folder beside `path`; on success it takes the name, on an error it is removed.
+
+    Args:
+        path: the folder to make.
+        overwrite: an existing `path` is replaced, at the very end.
+
+    Raises:
+        FileExistsError: if `path` exists and overwrite is off.
+    """
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already")
+    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for file in sorted(part.rglob("*")):
+            _sync(file)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(part, path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk, so that a rename never overtakes its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

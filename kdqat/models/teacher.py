@@ -1,0 +1,103 @@
+"""The teacher: whoever answers `outputs(batch, wants)`. A plain object, not an nn.Module.
+
+As a submodule it would land in checkpoints and in the optimizer, and `.train()` would switch its dropout on
+(docs/architecture.md, decision 9).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdqat.models.source import Dtype, ModelSource
+from kdqat.models.split import SplitModel, cut_vocabulary
+from kdqat.types import Batch, Outputs
+
+log = logging.getLogger(__name__)
+
+
+class Teacher(ABC):
+    """A reference model. `prepare` once, `place` once, then `outputs` for every batch."""
+
+    @abstractmethod
+    def prepare(self, source: ModelSource, student: SplitModel, tokenizer: Any, *, pristine: bool) -> None:
+        """Load what is needed; a second call does nothing.
+
+        Args:
+            source: where the student came from.
+            student: the student's model.
+            tokenizer: the student's.
+            pristine: whether the student's model is still as loaded from `source`, so that a copy is a teacher.
+        """
+
+    @abstractmethod
+    def place(self, device: torch.device, shard: Callable[[nn.Module], None] | None = None) -> None:
+        """Move to `device`, or let `shard` spread the model over ranks."""
+
+    @abstractmethod
+    def use_eager_attention(self) -> None:
+        """See SplitModel.use_eager_attention."""
+
+    @abstractmethod
+    def outputs(self, batch: Batch, wants: frozenset[str] = frozenset()) -> Outputs:
+        """Answer a batch, without a graph and with autocast off (an fp16 teacher under bf16 autocast answers bf16)."""
+
+
+class FrozenTeacher(Teacher):
+    """A frozen full-precision model in its own dtype.
+
+    Args:
+        path: where it comes from, as ModelSource.path; None: the student's own source, copied from memory.
+        dtype: of its weights and arithmetic.
+        revision, trust_remote_code: as ModelSource.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        *,
+        dtype: Dtype = "bfloat16",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.path = path
+        self.dtype = dtype
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self.split: SplitModel | None = None
+
+    def prepare(self, source: ModelSource, student: SplitModel, tokenizer: Any, *, pristine: bool) -> None:
+        if self.split is not None:
+            return
+        if self.path in (None, source.path):
+            model = copy.deepcopy(student.model) if pristine else source.load_model()
+            self.split = SplitModel(model.to(getattr(torch, self.dtype)))
+        else:
+            own = ModelSource(self.path or "", self.dtype, self.revision, self.trust_remote_code)
+            self.split = SplitModel(own.load_model())
+            cut = cut_vocabulary(student, self.split, lambda: (tokenizer, own.load_tokenizer()))
+            if cut:
+                log.info(cut)
+        self.split.eval().requires_grad_(False)
+
+    def place(self, device: torch.device, shard: Callable[[nn.Module], None] | None = None) -> None:
+        assert self.split is not None, "prepare() comes first"
+        if shard is not None:
+            shard(self.split)
+        self.split.to(device)
+
+    def use_eager_attention(self) -> None:
+        assert self.split is not None, "prepare() comes first"
+        self.split.use_eager_attention()
+
+    def outputs(self, batch: Batch, wants: frozenset[str] = frozenset()) -> Outputs:
+        assert self.split is not None, "prepare() comes first"
+        # no_grad, not inference_mode: KL saves its target for backward
+        with torch.no_grad(), torch.autocast(batch.input_ids.device.type, enabled=False):
+            return self.split(batch, wants)

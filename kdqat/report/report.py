@@ -1,0 +1,76 @@
+"""`kdqat report RUN ...`: what is in a run directory, as Markdown or JSON. Reads files, imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from kdqat.report.run_dir import RunDir
+from kdqat.report.table import markdown
+from kdqat.spec import PLAN_FILE, QuantPlan
+
+
+def describe(run: Path) -> dict[str, Any]:
+    """Everything a run directory says, as plain data.
+
+    Raises:
+        ValueError: if `run` is no run directory, or one of its files is damaged.
+    """
+    directory = RunDir(run)
+    if not directory.recipe.is_file():
+        raise ValueError(f"{run}: no recipe.yaml there, so this is no run directory")
+    facts: dict[str, Any] = {"run": str(run), "environment": directory.read_json("environment.json")}
+    for folder in (directory.student, directory.prepared):
+        if (folder / PLAN_FILE).is_file():
+            plan = QuantPlan.load(folder)
+            facts["plan"] = plan.to_json()["schemes"]
+            facts["student"] = RunDir(folder).read_json("student.json")
+            break
+    for name in ("baseline.json", "eval.json", "validation.json"):
+        facts[name.removesuffix(".json")] = directory.read_json(name)
+    facts["last_metrics"] = _last_metrics(run / "metrics.csv")
+    facts["exports"] = sorted(p.name for p in directory.export.glob("*")) if directory.export.is_dir() else []
+    return facts
+
+
+def as_markdown(facts: dict[str, Any]) -> str:
+    """`describe`'s facts as a page."""
+    env = facts["environment"] or {}
+    lines = [f"# {facts['run']}", ""]
+    lines += [f"`{env.get('command', '?')}` · commit {env.get('commit')} · {env.get('hardware')}", ""]
+    if facts.get("student"):
+        about = facts["student"]
+        lines += [
+            f"{about['layers']} layers quantized ({', '.join(facts['plan'])}), "
+            f"{about['average_bits']:.3f} bits a weight counted with scales, {about['nominal_bits']:.3f} nominal; "
+            f"{100 * about['share_full_precision']:.1f} % of the matmul weights stay in full precision "
+            f"({', '.join(about['ignored']) or 'none'}).",
+            "",
+        ]
+    if facts["eval"]:
+        lines += [markdown(facts["eval"]), ""]
+    if facts["validation"]:
+        lines += ["Validation: " + ", ".join(f"{k} {v:.4f}" for k, v in facts["validation"].items()), ""]
+    if facts["last_metrics"]:
+        lines += ["Last logged: " + ", ".join(f"{k} {v}" for k, v in facts["last_metrics"].items()), ""]
+    if facts["exports"]:
+        lines += [f"Exports: {', '.join(facts['exports'])}", ""]
+    return "\n".join(lines)
+
+
+def report(runs: list[Path], as_json: bool) -> str:
+    """The text `kdqat report` prints for these runs."""
+    all_facts = [describe(run) for run in runs]
+    return json.dumps(all_facts, indent=1) if as_json else "\n".join(map(as_markdown, all_facts))
+
+
+def _last_metrics(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    last: dict[str, str] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            last.update({k: v for k, v in row.items() if v})
+    return last

@@ -1,0 +1,199 @@
+"""KDQATModule: a frozen teacher and a fake-quantized student in one Lightning module.
+
+The constructor is cheap. `build` makes the student once; `configure_model` places teacher and student and shards
+them (docs/architecture.md, section on the one order). The loss is a sum; gradients are divided by what was summed over
+in the *whole* optimizer step, over micro-batches and ranks, so that unequal micro-batches weigh every token alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Self
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from kdqat.allocate import BitAllocator
+from kdqat.initializers import RTN, Initializer
+from kdqat.losses import CrossEntropy, DistillLoss, ForwardKL, WeightedSum
+from kdqat.models import ModelSource, SplitModel, Teacher
+from kdqat.quant import QuantizerFactory
+from kdqat.student import Student, load_student, prepare_student
+from kdqat.training.nonfinite import NonFiniteLossError, explain
+from kdqat.training.optim import WarmupCosine, gradients, parameter_groups, scale_learning_rate
+from kdqat.training.parallel import Parallel
+from kdqat.types import Batch, LossParts, Outputs
+
+log = logging.getLogger(__name__)
+
+
+class KDQATModule(L.LightningModule):
+    """Distils a teacher into a fake-quantized student.
+
+    Args:
+        student: where the model comes from; latent weights belong in float32.
+        plan: which layer gets which scheme.
+        quantizer: called with (spec, shape) for every weight.
+        loss: of student and teacher outputs; reduction is the loss's own.
+        optimizer: called with parameter groups.
+        scheduler: called with the optimizer, stepped every optimizer step; None: a constant rate.
+        teacher: None trains without one (a loss that needs it says so).
+        initializer: sets the first scales.
+        scale_lr_ratio: learning rate of scales and zero points, as a share of the weights'.
+        parallel: checkpointing, compiling and sharding of blocks.
+
+    Raises:
+        ValueError: for trainable weights that are not float32.
+    """
+
+    def __init__(
+        self,
+        student: ModelSource,
+        plan: BitAllocator,
+        quantizer: QuantizerFactory,
+        loss: DistillLoss,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None = None,
+        teacher: Teacher | None = None,
+        initializer: Initializer | None = None,
+        scale_lr_ratio: float = 0.1,
+        parallel: Parallel | None = None,
+    ) -> None:
+        super().__init__()
+        if student.dtype != "float32":
+            raise ValueError(
+                f"model.student.dtype {student.dtype}: latent weights are trained in float32 (AdamW at 2e-6 moves 4 % "
+                "of bf16 weights); the forward pass runs in bf16 with trainer.precision: bf16-mixed"
+            )
+        self.source, self.allocator, self.quantizer, self.loss = student, plan, quantizer, loss
+        self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
+        self.initializer = initializer if initializer is not None else RTN()
+        self.scale_lr_ratio = scale_lr_ratio
+        self.parallel = parallel if parallel is not None else Parallel()
+        self.teacher = teacher  # a plain object: never saved, optimized or switched to train
+        self.student: Student | None = None
+        self.split: SplitModel | None = None
+        self._configured = False
+        judges: list[DistillLoss] = [CrossEntropy()] if teacher is None else [CrossEntropy(), ForwardKL()]
+        self._val_loss = WeightedSum(judges, [1.0] * len(judges))
+        self._val_kl, self._val_nll = MeanMetric(), MeanMetric()
+        self._sums: dict[str, Tensor] = {}
+        self._divisor = 0
+
+    @classmethod
+    def from_student(cls, student: Student, **kwargs: Any) -> Self:
+        """A module around a student that exists already; further arguments as for the constructor."""
+        module = cls(student=student.source, **kwargs)
+        module.adopt(student)
+        return module
+
+    def adopt(self, student: Student) -> None:
+        """Take `student` as the one to train."""
+        self.student, self.split = student, student.split
+
+    def build(self, saved: Path | None = None) -> Student:
+        """Make teacher and student, once.
+
+        Args:
+            saved: a folder written by `save_student` to start from; None: prepare from the source.
+        """
+        if self.student is None:
+            self.adopt(self.prepare(self.teacher) if saved is None else load_student(saved, self.quantizer))
+        assert self.student is not None and self.split is not None
+        if not self.split.family.causal:
+            raise ValueError(f"model {self.source.path}: only causal language models can be trained, not masked ones")
+        if self.teacher is not None:
+            self.teacher.prepare(self.source, self.split, self.student.tokenizer, pristine=False)
+        return self.student
+
+    def prepare(self, teacher: Teacher | None = None) -> Student:
+        """A new student from the source; `teacher` is made from the same load, before the plan is applied."""
+        split, tokenizer = SplitModel(self.source.load_model()), self.source.load_tokenizer()
+        if teacher is not None:
+            teacher.prepare(self.source, split, tokenizer, pristine=True)
+        return prepare_student(
+            self.source, self.allocator, self.quantizer, self.initializer, split=split, tokenizer=tokenizer
+        )
+
+    def configure_model(self) -> None:
+        if self._configured:
+            return
+        self.build()
+        assert self.split is not None
+        self.split.train()
+        if "attentions" in self.loss.wants:
+            self.split.use_eager_attention()
+            if self.teacher is not None:
+                self.teacher.use_eager_attention()
+        mesh = self.device_mesh if self.trainer.strategy.__class__.__name__ == "ModelParallelStrategy" else None
+        shard = self.parallel.apply(self.split, mesh)
+        if self.teacher is not None:
+            self.teacher.place(self.trainer.strategy.root_device, shard)
+        self._configured = True
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        teacher = self.teacher.outputs(batch, self.loss.wants) if self.teacher is not None else None
+        assert self.split is not None
+        student = self.split(batch, self.loss.wants)
+        parts = self.loss(student, teacher, batch)
+        self._require_finite(parts, teacher, batch)
+        self._add_up(parts)
+        self._divisor = self._divisor or batch.input_ids.numel()
+        return parts.sum / self._divisor  # keeps gradients of a handy size; `on_after_backward` divides exactly
+
+    def on_after_backward(self) -> None:
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        sums = torch.stack(list(self._sums.values()))
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        named = dict(zip(self._sums, sums, strict=True))
+        self._sums = {}
+        num = named.pop("num").clamp(min=1)
+        # training_step divided by _divisor, Lightning by the micro-batches, DDP and FSDP2 by the ranks
+        divided_by = self._divisor * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        torch._foreach_mul_(gradients(self.parameters()), divided_by / num)
+        for name, value in named.items():
+            self.log(f"train/{name}", value / num)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert self.split is not None
+        teacher = self.teacher.outputs(batch) if self.teacher is not None else None
+        parts = self._val_loss(self.split(batch), teacher, batch)
+        self._val_nll.update(parts.by_name["cross_entropy"] / parts.num, parts.num)
+        if teacher is not None:
+            self._val_kl.update(parts.by_name["kl"] / parts.num, parts.num)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/perplexity", self._val_nll.compute().exp())
+        if self.teacher is not None:
+            self.log("val/kl", self._val_kl.compute())
+        self._val_kl.reset()
+        self._val_nll.reset()
+
+    def configure_optimizers(self) -> Any:
+        assert self.split is not None
+        optimizer = self.optimizer_factory(parameter_groups(self.split))
+        scale_learning_rate(optimizer, self.scale_lr_ratio)
+        if self.scheduler_factory is None:
+            return optimizer
+        scheduler = self.scheduler_factory(optimizer)
+        if isinstance(scheduler, WarmupCosine):
+            scheduler.finish_at(int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _require_finite(self, parts: LossParts, teacher: Outputs | None, batch: Batch) -> None:
+        if not bool(torch.isfinite(parts.sum)):
+            assert self.split is not None
+            message = explain(self.global_step, float(parts.sum), self.split, teacher, batch)
+            raise NonFiniteLossError(message)
+
+    def _add_up(self, parts: LossParts) -> None:
+        """Collect what the log and the division at the end of the step need, without a synchronisation."""
+        new = {"num": parts.num, "loss": parts.sum, **parts.by_name}
+        for name, value in new.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
