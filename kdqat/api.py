@@ -17,6 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdqat.allocate import BitAllocator, Uniform
 from kdqat.callbacks import ProgressLine, StopOnSignal
@@ -111,8 +112,12 @@ def make_trainer(args: dict[str, Any], run: Path | None, callbacks: Sequence[L.C
         args: Trainer arguments of the recipe.
         run: run directory; None: no checkpoints and no logs.
         callbacks: in addition to those in `args`.
+
+    Raises:
+        ValueError: for arguments that Lightning refuses, such as an accelerator this machine does not have.
     """
-    args = {key: value for key, value in args.items() if value is not None}
+    # null means "not given", but for this key, where it means: validate every so many batches, whatever the epoch
+    args = {key: value for key, value in args.items() if value is not None or key == "check_val_every_n_epoch"}
     mine = [*_listed(args.pop("callbacks", None)), *callbacks]
     mine += [ProgressLine()] if args.pop("enable_progress_bar", True) and not _has(mine, ProgressLine) else []
     if run is not None:
@@ -120,19 +125,20 @@ def make_trainer(args: dict[str, Any], run: Path | None, callbacks: Sequence[L.C
         args.setdefault("logger", [TensorBoardLogger(str(run), name="tensorboard", version=""), CSVMetrics(str(run))])
     else:
         args = {"logger": False, "enable_checkpointing": False, **args}
-    args.setdefault("log_every_n_steps", 10)
+    args.setdefault("log_every_n_steps", 10 if args.get("max_steps", -1) > 100 else 1)
     args.setdefault("num_sanity_val_steps", 0)
-    return L.Trainer(
-        **{
-            **args,
-            "default_root_dir": run,
-            "callbacks": [*mine, StopOnSignal()],
-            "plugins": [*_listed(args.get("plugins")), WholeFileIO()],
-            "use_distributed_sampler": False,  # the loaders know their rank
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
-    )
+    args |= {
+        "default_root_dir": run,
+        "callbacks": [*mine, StopOnSignal()],
+        "plugins": [*_listed(args.get("plugins")), WholeFileIO()],
+        "use_distributed_sampler": False,  # the loaders know their rank
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    try:
+        return L.Trainer(**args)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
 
 
 def evaluate(
@@ -179,14 +185,22 @@ def export(student: Student, exporter: Exporter, out_dir: str | Path, *, overwri
         ValueError: if the format cannot hold the plan, or the folder exists.
     """
     out_dir = Path(out_dir)
+    require_exportable(student, exporter, out_dir, overwrite=overwrite)
+    with whole_folder(out_dir, overwrite=overwrite) as folder:
+        exporter.export(student, folder)
+    return out_dir
+
+
+def require_exportable(student: Student, exporter: Exporter, out_dir: Path, *, overwrite: bool) -> None:
+    """
+    Raises:
+        ValueError: if the format cannot hold the plan, or the folder exists and may not be overwritten.
+    """
     reason = exporter.refuses(student.plan)
     if reason:
         raise ValueError(f"export {exporter.name}: {reason}")
     if out_dir.exists() and not overwrite:
         raise ValueError(f"{out_dir} exists already: use --overwrite (overwrite=True) or another folder")
-    with whole_folder(out_dir, overwrite=overwrite) as folder:
-        exporter.export(student, folder)
-    return out_dir
 
 
 def _listed(value: Any) -> list[Any]:

@@ -63,6 +63,8 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         os.replace(part, path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         raise
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)

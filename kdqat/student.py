@@ -204,7 +204,11 @@ def load_student(folder: Path, quantizer: QuantizerFactory = Fixed) -> Student:
     apply_plan(split.model, plan, quantizer)
     for name, layer in fake_quant_layers(split.model).items():
         if layer.weight_fake_quantizer is not None and layer.weight_fake_quantizer.uses_stored_qparams:
-            layer.weight_fake_quantizer.load_qparams(QParams(qparams[f"{name}.scale"], qparams[f"{name}.zero_point"]))
+            try:
+                stored = QParams(qparams[f"{name}.scale"], qparams[f"{name}.zero_point"])
+                layer.weight_fake_quantizer.load_qparams(stored)
+            except (KeyError, ValueError) as error:
+                raise ValueError(f"{folder}: {QPARAMS_FILE} does not fit {PLAN_FILE}: layer {name}: {error}") from error
     return Student(split, here.load_tokenizer(), origin, plan, coverage)
 
 

@@ -21,9 +21,14 @@ class StopOnSignal(L.Callback):
         self.received = 0
         self._before: dict[int, Any] = {}
 
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        # before Lightning puts in a SIGTERM handler of its own: put back after training, that one would swallow the
+        # signal, and with several ranks hang in a broadcast
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, _: Any) -> None:
         if self.received:
@@ -42,6 +47,7 @@ class StopOnSignal(L.Callback):
                 if isinstance(callback, Checkpoints):
                     callback.save(trainer)
             trainer.should_stop = True
+            trainer.limit_val_batches = 0  # Lightning would validate first, and whoever sent the signal waits
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         for number, handler in self._before.items():

@@ -69,10 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from kdqat.cli import verbs
 
         code = getattr(verbs, options.verb)(options, rest)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         text = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):
+            text = f"the package {error.name!r} is missing: `pip install {(error.name or '').partition('.')[0]}`"
         print(f"kdqat {options.verb}: {text}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # Ctrl-C outside of training, or twice
+        print(f"kdqat {options.verb}: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(code or 0)
 
 

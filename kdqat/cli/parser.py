@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kdqat import allocate, callbacks, data, evaluate, export, initializers, losses, models, quant, training
-from kdqat.cli.explain import explain, nearest
+from kdqat.cli.explain import explain, keys_of, nearest
 from kdqat.data import TextData
 from kdqat.evaluate import Evaluator
 from kdqat.export import Exporter
@@ -56,17 +56,16 @@ def parse_recipe(path: Path, arguments: Sequence[str] = ()) -> Recipe:
     if not file.is_file():
         kind = "the folder holds no recipe.yaml, so it is no run directory" if path.is_dir() else "no such recipe"
         raise ValueError(f"{path}: {kind}")
-    for key in read_yaml(file):
-        if key not in SECTIONS:
-            raise ValueError(f"{file}: unknown section {key!r}{nearest(key, SECTIONS)}")
     parser = build_parser()
+    _require_known_keys(file, parser)
+    here = ["--trainer.default_root_dir", str(path)] if path.is_dir() else []  # wherever it was moved to
     try:
-        config = parser.parse_args(["--config", str(file), *arguments])
+        config = parser.parse_args(["--config", str(file), *here, *arguments])
         if config.trainer.default_root_dir is None:
-            config.trainer.default_root_dir = str(path if path.is_dir() else Path("runs") / file.stem)
+            config.trainer.default_root_dir = str(Path("runs") / file.stem)
         content = yaml.safe_load(parser.dump(config, skip_unset=True))
         built = parser.instantiate(config)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # ValueError: what a constructor refuses
         raise ValueError(f"{file}: {explain(str(error), parser, METHODS)}") from error
     return Recipe(
         content=content,
@@ -74,8 +73,8 @@ def parse_recipe(path: Path, arguments: Sequence[str] = ()) -> Recipe:
         model=built.model,
         data=built.get("data"),
         trainer=built.trainer.as_dict(),
-        evaluators=list(built.evaluate),
-        exporters=list(built.export),
+        evaluators=list(built.evaluate or ()),
+        exporters=list(built.export or ()),
         run=RunDir(built.trainer.default_root_dir),
     )
 
@@ -86,8 +85,28 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="a further recipe file whose keys win")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of Python, NumPy and torch")
     parser.add_class_arguments(KDQATModule, "model")
-    parser.add_subclass_arguments(TextData, "data", required=False)
+    # not add_subclass_arguments, which would take a text file named in init_args for a further recipe and read it
+    parser.add_argument("--data", type=TextData | None, default=None, help="what to train on")
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
     parser.add_argument("--evaluate", type=list[Evaluator], default=[], help="what to measure")
     parser.add_argument("--export", type=list[Exporter], default=[], help="formats to write")
     return parser
+
+
+def _require_known_keys(file: Path, parser: ArgumentParser) -> None:
+    """Refuse unknown sections, and unknown keys that jsonargparse overlooks because they are empty.
+
+    Raises:
+        ValueError: naming the key and the nearest one there is.
+    """
+    for section, content in read_yaml(file).items():
+        if section not in SECTIONS:
+            raise ValueError(f"{file}: unknown section {section!r}{nearest(str(section), SECTIONS)}")
+        if section not in ("model", "trainer"):
+            continue
+        if not isinstance(content, dict):
+            raise ValueError(f"{file}: {section} is a mapping of keys, this is {type(content).__name__}")
+        known = keys_of(parser, section)
+        for key in content:
+            if key not in known:
+                raise ValueError(f"{file}: {section}: unknown key {key!r}{nearest(str(key), known)}")

@@ -121,7 +121,9 @@ def device_of(accelerator: str | None) -> torch.device:
 
 def first_process() -> bool:
     """Whether this process speaks for the run; Lightning starts the verb once more on every further device."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"]) == 0
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("NODE_RANK", "LOCAL_RANK"))
 
 
 def hardware() -> str:

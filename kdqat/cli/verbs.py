@@ -40,14 +40,22 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if recipe.data is None:
         raise ValueError(f"{options.recipe}: fit needs a data section (docs/recipes.md)")
     checkpoint = newest_complete(recipe.run.checkpoints) if options.resume else None
+    overwrite = options.overwrite or options.resume  # what the interrupted run wrote after its training
     trainer = api.make_trainer(recipe.trainer, recipe.run.path)
     student = recipe.model.build(recipe.run.prepared if recipe.run.prepared.is_dir() else None)
+    for exporter in recipe.exporters:  # now, not after hours of training
+        api.require_exportable(student, exporter, recipe.run.export / exporter.name, overwrite=overwrite)
     api.bind_data(recipe.data, student)
     if recipe.evaluators and first_process():
         measure_rtn(recipe, student)
-    trainer.fit(recipe.model, datamodule=recipe.data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(recipe.model, datamodule=recipe.data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # what Lightning makes of the second Ctrl-C
+        raise KeyboardInterrupt from None
     stopped = next(c.received for c in trainer.callbacks if isinstance(c, StopOnSignal))  # type: ignore[attr-defined]
     if stopped:
+        if not trainer.is_global_zero:
+            return 0  # Lightning kills the first process when another one fails before it
         console.print(f"stopped at step {trainer.global_step}, saved; `kdqat fit {options.recipe} --resume` goes on")
         return 128 + stopped
     student = gather_student(trainer, recipe.model)
@@ -57,7 +65,7 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     console.print(f"trained student: {recipe.run.student}")
     if recipe.evaluators:
         compare(recipe, student, recipe.run.student)
-    _export(student, recipe.exporters, recipe.run.export, overwrite=options.overwrite)
+    _export(student, recipe.exporters, recipe.run.export, overwrite=overwrite)
     return 0
 
 

@@ -6,8 +6,9 @@ student computed with, so logits are equal bit for bit; bfloat16 and float16 rou
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -39,14 +40,17 @@ class DequantizedHF(Exporter):
         state = plain_state(student)
         for name, layer in student.layers.items():
             state[f"{name}.weight"] = layer.fake_quantized_weight()
-        state = {key: value.detach().to("cpu", dtype) if value.is_floating_point() else value
-                 for key, value in state.items()}  # fmt: skip
+        converted: dict[Any, torch.Tensor] = {}  # what is tied is converted and written once
+        for key, value in state.items():
+            if value.is_floating_point():
+                same = (value.data_ptr(), value.shape)
+                state[key] = converted.setdefault(same, value.detach().to("cpu", dtype))
         before = student.model.config.dtype
-        student.model.config.dtype = dtype  # written into config.json; from_pretrained loads in it
-        try:
-            student.model.save_pretrained(out_dir, state_dict=state)
-        finally:
-            student.model.config.dtype = before
+        student.model.save_pretrained(out_dir, state_dict=state)
+        student.model.config.dtype = before
+        config = copy.deepcopy(student.model.config)
+        config.dtype = dtype  # save_pretrained wrote the student's own; from_pretrained loads in what stands here
+        config.save_pretrained(out_dir)
         student.tokenizer.save_pretrained(out_dir)
         student.plan.save(out_dir)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from kdqat.models.toy import TOYS, toy_model, toy_tokenizer
@@ -134,13 +135,15 @@ class _explained:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+        if not isinstance(error, (OSError, ValueError, KeyError, ImportError, SafetensorError)):
             return
         text = str(error)
         if "gated" in text.lower():
             remedy = f"accept its licence at https://huggingface.co/{self.path}, then `hf auth login`"
         elif "trust_remote_code" in text:
             remedy = "the repository brings its own code; read it, then set trust_remote_code: true"
+        elif isinstance(error, SafetensorError):
+            remedy = "its weights file is damaged; fetch or write it again"
         elif "safetensors" in text:
             remedy = "it has no safetensors weights and kdqat does not unpickle foreign files; convert it first"
         elif isinstance(error, OSError) and not Path(self.path).exists():

@@ -41,6 +41,10 @@ class Teacher(ABC):
         """Move to `device`, or let `shard` spread the model over ranks."""
 
     @abstractmethod
+    def release(self) -> None:
+        """Let the model go; the next `prepare` loads it again. What `shard` spread over ranks is of no use to one."""
+
+    @abstractmethod
     def use_eager_attention(self) -> None:
         """See SplitModel.use_eager_attention."""
 
@@ -75,11 +79,11 @@ class FrozenTeacher(Teacher):
     def prepare(self, source: ModelSource, student: SplitModel, tokenizer: Any, *, pristine: bool) -> None:
         if self.split is not None:
             return
-        if self.path in (None, source.path):
+        if self.path in (None, source.path) and self.revision in (None, source.revision):
             model = copy.deepcopy(student.model) if pristine else source.load_model()
             self.split = SplitModel(model.to(getattr(torch, self.dtype)))
         else:
-            own = ModelSource(self.path or "", self.dtype, self.revision, self.trust_remote_code)
+            own = ModelSource(self.path or source.path, self.dtype, self.revision, self.trust_remote_code)
             self.split = SplitModel(own.load_model())
             cut = cut_vocabulary(student, self.split, lambda: (tokenizer, own.load_tokenizer()))
             if cut:
@@ -91,6 +95,9 @@ class FrozenTeacher(Teacher):
         if shard is not None:
             shard(self.split)
         self.split.to(device)
+
+    def release(self) -> None:
+        self.split = None
 
     def use_eager_attention(self) -> None:
         assert self.split is not None, "prepare() comes first"

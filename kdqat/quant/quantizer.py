@@ -90,8 +90,9 @@ class FakeQuantizer(nn.Module, ABC):
                 f"{type(self).__name__} recomputes its ranges from the live weight and cannot take scales: "
                 "use the RTN initializer with it, or the LSQ quantizer"
             )
-        if qparams.scale.shape != self.scale.shape:
-            raise ValueError(f"scales of shape {tuple(qparams.scale.shape)} given, {tuple(self.scale.shape)} expected")
+        for name, given in qparams._asdict().items():
+            if given.shape != self.scale.shape:
+                raise ValueError(f"{name} of shape {tuple(given.shape)} given, {tuple(self.scale.shape)} expected")
         self.scale.copy_(qparams.scale)
         self.zero_point.copy_(qparams.zero_point)
 

@@ -24,8 +24,8 @@ def apply_plan(model: M, plan: QuantPlan, quantizer: QuantizerFactory) -> M:
         The model; the swapped layer itself if the model *is* the planned layer (name "").
 
     Raises:
-        ValueError: naming the layer, if it does not exist, is no nn.Linear, its width does not fit the spec, or its
-            weight is shared with a module that the plan leaves in full precision.
+        ValueError: naming the layer, if it does not exist, is no nn.Linear, its width or the quantizer does not fit the
+            spec, or its weight is shared with a module that the plan leaves in full precision.
     """
     modules = dict(model.named_modules())
     for name, scheme in plan.items():
@@ -42,8 +42,13 @@ def apply_plan(model: M, plan: QuantPlan, quantizer: QuantizerFactory) -> M:
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from None
             _refuse_half_tied(name, layer, modules, plan)
+    swapped = {}
     for name, scheme in plan.items():
-        layer = FakeQuantLinear.from_linear(modules[name], scheme, quantizer)
+        try:
+            swapped[name] = FakeQuantLinear.from_linear(modules[name], scheme, quantizer)
+        except ValueError as error:  # a quantizer that refuses the spec
+            raise ValueError(f"layer {name}: {error}") from None
+    for name, layer in swapped.items():
         if name == "":
             return layer  # type: ignore[return-value]
         model.set_submodule(name, layer)
@@ -80,7 +85,8 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 def _refuse_half_tied(name: str, layer: nn.Linear, modules: dict[str, nn.Module], plan: QuantPlan) -> None:
     for other, module in modules.items():
-        if other != name and getattr(module, "weight", None) is layer.weight and other not in plan:
+        planned = other in plan and plan[other].weight is not None
+        if other != name and getattr(module, "weight", None) is layer.weight and not planned:
             raise ValueError(
                 f"layer {name}: its weight is tied to {other}, which stays in full precision; leave {name} "
                 "out of the plan (ignore: [lm_head]) or untie the weights before (tie_word_embeddings: false)"

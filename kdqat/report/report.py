@@ -52,7 +52,8 @@ def as_markdown(facts: dict[str, Any]) -> str:
     if facts["eval"]:
         lines += [markdown(facts["eval"]), ""]
     if facts["validation"]:
-        lines += ["Validation: " + ", ".join(f"{k} {v:.4f}" for k, v in facts["validation"].items()), ""]
+        numbers = ", ".join(f"{k} {v:.4f}" for k, v in facts["validation"].items() if k != "student")
+        lines += [f"Validation of {facts['validation']['student']}/: {numbers}", ""]
     if facts["last_metrics"]:
         lines += ["Last logged: " + ", ".join(f"{k} {v}" for k, v in facts["last_metrics"].items()), ""]
     if facts["exports"]:

@@ -2,7 +2,7 @@
 
     runs/NAME/  recipe.yaml  environment.json  every verb
                 prepared/                      quantize
-                checkpoints/ metrics.csv       fit (resume here)
+                checkpoints/ metrics.csv       fit (resume here), with tensorboard/
                 student/ baseline.json         fit
                 validation.json                validate
                 eval.json                      eval, fit
@@ -31,7 +31,7 @@ from kdqat.files import write_text
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "quantize": ("prepared",),
-    "fit": ("checkpoints", "student", "metrics.csv"),
+    "fit": ("checkpoints", "student", "metrics.csv", "tensorboard"),
     "validate": ("validation.json",),
     "eval": ("eval.json",),
     "export": ("export",),
@@ -43,6 +43,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "eval": (),
     "export": (),
 }
+_MEASURED = ("eval.json", "validation.json")  # numbers about a student that is no longer there, once it is overwritten
 _PACKAGES = ("kdqat", "torch", "transformers", "lightning", "jsonargparse", "safetensors", "gguf")
 
 
@@ -72,11 +73,12 @@ class RunDir:
             replaced = earlier == verb and not resume
             if replaced or not any((self.path / name).exists() for name in names):
                 continue
-            changed = [key for section in SECTIONS[earlier] for key in _differences(stored, recipe, section)]
+            changed = {key for section in SECTIONS[earlier] for key in _differences(stored, recipe, section)}
+            changed -= {"trainer.default_root_dir"}  # a run directory may be moved
             if changed:
                 raise ValueError(
                     f"{self.path}: the recipe differs from the one `kdqat {earlier}` used here in "
-                    f"{', '.join(sorted(set(changed))[:5])}; use another trainer.default_root_dir, "
+                    f"{', '.join(sorted(changed)[:5])}; use another trainer.default_root_dir, "
                     f"or run `kdqat {earlier} --overwrite`"
                 )
 
@@ -89,7 +91,7 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if overwrite:
-                for name in OUTPUTS[verb]:
+                for name in (*OUTPUTS[verb], *(_MEASURED if verb in ("quantize", "fit") else ())):
                     _remove(self.path / name)
             write_text(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False))
             write_text(self.path / "environment.json", json.dumps(dict(environment), indent=1))

@@ -74,7 +74,7 @@ class QuantPlan(Mapping[str, LayerScheme]):
         Raises:
             ValueError: if the data is no plan of this version.
         """
-        if data.get("version") != 1 or not {"schemes", "layers"} <= set(data):
+        if not isinstance(data, Mapping) or data.get("version") != 1 or not {"schemes", "layers"} <= set(data):
             raise ValueError("this is no quantization plan of version 1 (keys: version, schemes, layers, ignored)")
         schemes = {name: parse_scheme(scheme) for name, scheme in data["schemes"].items()}
         missing = set(data["layers"].values()) - set(schemes)

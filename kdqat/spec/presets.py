@@ -67,12 +67,17 @@ def parse_scheme(value: str | LayerScheme | Mapping[str, Any]) -> LayerScheme:
         return value
     if isinstance(value, str):
         return preset(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"scheme: {value!r} is neither a preset's name nor a mapping such as {{weight: {{...}}}}")
     _known_keys("scheme", value, LayerScheme)
-    weight = value.get("weight")
-    return LayerScheme(weight=_parse_spec("weight", weight) if isinstance(weight, Mapping) else weight)
+    return LayerScheme(weight=_parse_spec("weight", value.get("weight")))
 
 
-def _parse_spec(key: str, data: Mapping[str, Any]) -> QuantSpec:
+def _parse_spec(key: str, data: Any) -> QuantSpec | None:
+    if data is None or isinstance(data, QuantSpec):
+        return data
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{key}: {data!r} is no mapping; write e.g. {{format: int4}}")
     _known_keys(key, data, QuantSpec)
     if "format" not in data:
         raise ValueError(f"{key}: the key 'format' is missing, e.g. format: int4")

@@ -45,7 +45,7 @@ class QuantSpec:
     zero_point: ZeroPoint = "none"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"int[1-8]", self.format):
+        if not isinstance(self.format, str) or not re.fullmatch(r"int[1-8]", self.format):
             raise ValueError(f"format {self.format!r} is unknown: use int1 ... int8")
         _one_of("granularity", self.granularity, get_args(Granularity))
         _one_of("scale_rule", self.scale_rule, get_args(ScaleRule))
@@ -53,14 +53,13 @@ class QuantSpec:
         _one_of("zero_point", self.zero_point, get_args(ZeroPoint))
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError("group_size goes with granularity='group', and only with it")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, not {self.group_size}")
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise ValueError(f"group_size must be a whole number of at least 1, not {self.group_size!r}")
         if self.symmetric != (self.zero_point == "none"):
             raise ValueError("symmetric=True goes with zero_point='none', symmetric=False with zero_point='integer'")
         if not self.symmetric and self.scale_rule != "absmax":
             raise ValueError(f"scale_rule={self.scale_rule!r} needs symmetric=True")
-        if self.symmetric and self.bits == 1:
-            raise ValueError("int1 has no symmetric grid: use symmetric=False with zero_point='integer'")
+        self.qrange()  # refuses a symmetric int1
 
     @property
     def bits(self) -> int:
@@ -68,8 +67,16 @@ class QuantSpec:
         return int(self.format.removeprefix("int"))
 
     def qrange(self, bits: int | None = None) -> tuple[int, int]:
-        """Lowest and highest code, for this spec or for another width of it (a bit schedule)."""
+        """Lowest and highest code, for this spec or for another width of it (a bit schedule).
+
+        Raises:
+            ValueError: for a width that no format of this kind has.
+        """
         b = self.bits if bits is None else bits
+        if not 1 <= b <= 8:
+            raise ValueError(f"bits must be 1 to 8, not {b}")
+        if self.symmetric and b == 1:
+            raise ValueError("int1 has no symmetric grid: use symmetric=False with zero_point='integer'")
         return (-(2 ** (b - 1)), 2 ** (b - 1) - 1) if self.symmetric else (0, 2**b - 1)
 
     def qparam_shape(self, shape: Sequence[int]) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ def newest_complete(folder: Path) -> Path:
     """
     damaged: list[Path] = []
     for path in reversed(checkpoint_steps(folder).values()):
-        if path.is_dir() or zipfile.is_zipfile(path):  # a torch file ends with its directory: cut short, it has none
+        if zipfile.is_zipfile(path):  # a torch file ends with its directory: cut short, it has none
             for bad in damaged:
                 log.warning("%s is incomplete; resuming from %s instead", bad, path.name)
             return path
@@ -88,7 +88,16 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"Checkpoints: select {select!r} is unknown: use last or best")
         self.every_n_steps, self.keep_last, self.select = every_n_steps, keep_last, select
         self.best_kl, self.best_step = float("inf"), -1
+        self._saved_step = -1
+        self._owes_validation = False
         self._rng: dict[str, Any] | None = None
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+            raise ValueError(
+                "trainer.strategy: set save_distributed_checkpoint: false; a checkpoint is one file here, which is "
+                "there whole or not at all, and a folder of shards is not"
+            )
 
     def folder(self, trainer: L.Trainer) -> Path:
         """Where checkpoints lie: RUN/checkpoints."""
@@ -99,20 +108,26 @@ class Checkpoints(Checkpoint):
         path = self.folder(trainer) / "best.ckpt"
         return path if path.exists() else None
 
-    def save(self, trainer: L.Trainer) -> None:
-        """Save the run at its present step and drop the oldest beyond keep_last."""
-        folder = self.folder(trainer)
-        path = folder / f"step={trainer.global_step:08d}.ckpt"
-        if path.exists():
+    def save(self, trainer: L.Trainer, *, at_end: bool = False) -> None:
+        """Save the run at its present step and drop the oldest beyond keep_last.
+
+        Args:
+            at_end: this step's validation, if there is one, has been run.
+        """
+        folder, loop = self.folder(trainer), trainer.fit_loop
+        if trainer.global_step == self._saved_step:  # remembered, not looked up: a slower rank would find the file
             return
-        trainer.save_checkpoint(path, weights_only=False)
+        self._owes_validation = not at_end and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+        trainer.save_checkpoint(folder / f"step={trainer.global_step:08d}.ckpt", weights_only=False)
+        self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             for old in list(checkpoint_steps(folder).values())[: -self.keep_last]:
                 trainer.strategy.remove_checkpoint(old)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         at_step_end = not trainer.fit_loop._should_accumulate()
-        if self.every_n_steps and at_step_end and trainer.global_step % self.every_n_steps == 0:
+        last = trainer.global_step >= trainer.estimated_stepping_batches  # saved at the end, after its validation
+        if self.every_n_steps and at_step_end and not last and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -123,7 +138,7 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.folder(trainer) / "best.ckpt", weights_only=True)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.save(trainer)
+        self.save(trainer, at_end=True)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._rng is not None:  # after everything that draws numbers on the way here
@@ -133,12 +148,19 @@ class Checkpoints(Checkpoint):
             if torch.cuda.is_available() and self._rng["cuda"]:
                 torch.cuda.set_rng_state_all(self._rng["cuda"])
             self._rng = None
+        if self._owes_validation:  # the checkpoint is older than its step's validation, which Lightning would skip
+            self._owes_validation = False
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.restarting = False
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def state_dict(self) -> dict[str, Any]:
         kind, keys, *rest = np.random.get_state()
         return {
             "best_kl": self.best_kl,
             "best_step": self.best_step,
+            "owes_validation": self._owes_validation,
             "rng": {
                 "python": random.getstate(),
                 "numpy": (kind, [int(k) for k in keys], *rest),
@@ -149,7 +171,7 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_kl, self.best_step = state_dict["best_kl"], state_dict["best_step"]
-        self._rng = state_dict["rng"]
+        self._owes_validation, self._rng = state_dict["owes_validation"], state_dict["rng"]
 
 
 def _tuples(value: Any) -> Any:

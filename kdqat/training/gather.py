@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import lightning as L
 import torch
 
 from kdqat.models import SplitModel
-from kdqat.student import Student, prepare_student
+from kdqat.quant import apply_plan
+from kdqat.student import Student
 from kdqat.training.checkpoint import Checkpoints
 from kdqat.training.module import KDQATModule
 
@@ -23,15 +26,13 @@ def gather_student(trainer: L.Trainer, module: KDQATModule) -> Student:
 
         state = get_model_state_dict(module.split, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if trainer.is_global_zero:
-            student = prepare_student(
-                module.source,
-                module.allocator,
-                module.quantizer,
-                module.initializer,
-                split=SplitModel(module.source.load_model()),
-                tokenizer=student.tokenizer,
-            )
-            student.split.load_state_dict(state)
+            split = SplitModel(module.source.load_model())
+            split.vocab_size = student.split.vocab_size
+            apply_plan(split.model, student.plan, module.quantizer)
+            split.load_state_dict(state)
+            student = replace(student, split=split)
+        if module.teacher is not None:
+            module.teacher.release()  # it is in pieces too, and evaluation is not collective
     else:
         student.split.cpu()
     for callback in trainer.checkpoint_callbacks:

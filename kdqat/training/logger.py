@@ -15,7 +15,7 @@ from kdqat.files import write_text
 
 class CSVMetrics(Logger):
     """Writes RUN/metrics.csv. Lightning's own CSVLogger deletes the curve of the run it resumes; this one keeps the
-    rows before the step it resumes at.
+    rows up to the step it resumes at.
 
     Args:
         folder: the run directory.
@@ -42,7 +42,7 @@ class CSVMetrics(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         step = 0 if step is None else step
         if self._rows is None:
-            self._rows = [row for row in _read(self.path) if int(row["step"]) < step]
+            self._rows = [row for row in _read(self.path) if row["step"] <= step]
         if self._rows and self._rows[-1]["step"] == step:
             self._rows[-1].update(metrics)
         else:
@@ -70,4 +70,5 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+        rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+    return [{**row, "step": int(row["step"])} for row in rows]

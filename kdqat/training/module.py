@@ -8,6 +8,7 @@ in the *whole* optimizer step, over micro-batches and ranks, so that unequal mic
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -83,6 +84,8 @@ class KDQATModule(L.LightningModule):
         self._val_kl, self._val_nll = MeanMetric(), MeanMetric()
         self._sums: dict[str, Tensor] = {}
         self._divisor = 0
+        self._broken = False
+        self._evidence: tuple[Outputs | None, Batch] | None = None
 
     @classmethod
     def from_student(cls, student: Student, **kwargs: Any) -> Self:
@@ -140,8 +143,8 @@ class KDQATModule(L.LightningModule):
         assert self.split is not None
         student = self.split(batch, self.loss.wants)
         parts = self.loss(student, teacher, batch)
-        self._require_finite(parts, teacher, batch)
         self._add_up(parts)
+        self._keep_evidence(parts, teacher, batch)
         self._divisor = self._divisor or batch.input_ids.numel()
         return parts.sum / self._divisor  # keeps gradients of a handy size; `on_after_backward` divides exactly
 
@@ -153,12 +156,31 @@ class KDQATModule(L.LightningModule):
             torch.distributed.all_reduce(sums)
         named = dict(zip(self._sums, sums, strict=True))
         self._sums = {}
+        self._require_finite(float(named["loss"]))
         num = named.pop("num").clamp(min=1)
         # training_step divided by _divisor, Lightning by the micro-batches, DDP and FSDP2 by the ranks
         divided_by = self._divisor * self.trainer.accumulate_grad_batches * self.trainer.world_size
         torch._foreach_mul_(gradients(self.parameters()), divided_by / num)
         for name, value in named.items():
             self.log(f"train/{name}", value / num)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning's own refuses fused optimizers under autocast, for the sake of fp16 loss scaling
+        if not gradient_clip_val:
+            return
+        if self.trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError("trainer.gradient_clip_val with precision 16-mixed needs an optimizer without fused: true")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            self.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.split is not None
@@ -186,11 +208,22 @@ class KDQATModule(L.LightningModule):
             scheduler.finish_at(int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _require_finite(self, parts: LossParts, teacher: Outputs | None, batch: Batch) -> None:
-        if not bool(torch.isfinite(parts.sum)):
-            assert self.split is not None
-            message = explain(self.global_step, float(parts.sum), self.split, teacher, batch)
-            raise NonFiniteLossError(message)
+    def _keep_evidence(self, parts: LossParts, teacher: Outputs | None, batch: Batch) -> None:
+        """Remember the first micro-batch of the step whose loss is not finite; until then, the latest one."""
+        if not self._broken:
+            self._broken = not bool(torch.isfinite(parts.sum))
+            self._evidence = (teacher if self._broken else None, batch)
+
+    def _require_finite(self, loss: float) -> None:
+        """Raise on every rank at the same step, before the weights change: a rank alone would leave the others
+        waiting, and under FSDP2 the forward pass that finds the layer needs them all."""
+        if math.isfinite(loss):
+            return
+        assert self.split is not None and self._evidence is not None
+        message = explain(self.global_step, loss, self.split, *self._evidence)
+        if not self._broken:
+            message = f"step {self.global_step}: the loss of another process is {loss}; its message says more"
+        raise NonFiniteLossError(message)
 
     def _add_up(self, parts: LossParts) -> None:
         """Collect what the log and the division at the end of the step need, without a synchronisation."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdqat.models import SplitModel
-from kdqat.quant import FakeQuantLinear
+from kdqat.quant import FakeQuantizer, FakeQuantLinear
 from kdqat.types import Batch, Outputs
 
 
@@ -33,7 +33,8 @@ def explain(step: int, loss: float, student: SplitModel, teacher: Outputs | None
 
         return hook
 
-    leaves = [(n, m) for n, m in student.model.named_modules() if not any(m.children()) or isinstance(m, nn.Linear)]
+    modules = [(n, m) for n, m in student.model.named_modules() if not isinstance(m, FakeQuantizer)]
+    leaves = [(n, m) for n, m in modules if not any(m.children()) or isinstance(m, nn.Linear)]
     handles = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:
         with torch.no_grad():

@@ -3,7 +3,8 @@
     python tests/benchmarks/smollm2_sweep.py MODEL.gguf DATA_DIR OUT_DIR SETTING [SETTING ...]
 
 A setting is SCHEME[,key=value ...]: lr, scale_ratio, warmup, final, beta2, clip, init, quantizer, frozen (a part of
-names), steps, loss, seed, zero, hidden, batch, accumulate, compile. Rows append to OUT_DIR/sweep.jsonl.
+names), steps, loss, seed, zero, hidden, cosine, opt, batch, accumulate, compile, only (one evaluation text), windows
+(evaluate on so many). Rows append to OUT_DIR/sweep.jsonl.
 """
 
 from __future__ import annotations
@@ -59,6 +60,30 @@ def evaluators(folder: Path) -> list[TeacherAgreement]:
     ]
 
 
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (torch.optim.Muon, update RMS matched to AdamW) for block weights, AdamW for everything else."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+        self.base = lr
+        blocks = [p for g in groups if g["name"] == "weights" for p in g["params"] if p.shape[0] < 10_000]
+        chosen = {id(p) for p in blocks}
+        scales = [p for g in groups if g["name"] == "scales" for p in g["params"]]
+        rest = [p for g in groups if g["name"] != "scales" for p in g["params"] if id(p) not in chosen]
+        self.parts = [torch.optim.Muon(blocks, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+        self.parts += [torch.optim.AdamW(p, lr=r * lr, weight_decay=0.0) for p, r in ((rest, 1.0), (scales, 0.1))]
+        self.rates = [r * lr for r in (1.0, 1.0, 0.1)]
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        share = self.param_groups[0]["lr"] / self.base
+        for part, rate in zip(self.parts, self.rates, strict=True):
+            for group in part.param_groups:
+                group["lr"] = rate * share
+            part.step()
+        return loss
+
+
 def main(gguf: str, data_dir: str, out_dir: str, *settings: str) -> None:
     folder, out = Path(data_dir), Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -81,14 +106,19 @@ def main(gguf: str, data_dir: str, out_dir: str, *settings: str) -> None:
         initializer = {"mse": MSEGrid, "rtn": RTN}[args.get("init", "mse")]()
         allocator, split = Uniform(scheme), copy.deepcopy(original)
         student = prepare_student(source, allocator, quantizer, initializer, split=split, tokenizer=tokenizer)
+        judges = [e for e in evaluators(folder) if args.get("only", e.label) == e.label]
+        for evaluator in judges:
+            evaluator.limit = int(args["windows"]) if "windows" in args else None
         if scheme not in measured_rtn:
             with as_rtn(student) as rtn:
-                measured_rtn[scheme] = api.evaluate(rtn, evaluators(folder), judge, device=device)
+                measured_rtn[scheme] = api.evaluate(rtn, judges, judge, device=device)
         for name, parameter in split.named_parameters():
             parameter.requires_grad_("frozen" not in args or args["frozen"] not in name)
         loss: Any = LOSSES[args.get("loss", "kl")]()
         if "hidden" in args:
             loss = WeightedSum([loss, HiddenStates("mse")], [1.0, float(args["hidden"])])
+        if "cosine" in args:
+            loss = WeightedSum([loss, HiddenStates("cosine")], [1.0, float(args["cosine"])])
         steps = int(args.get("steps", 300))
         teacher = FrozenTeacher(dtype="bfloat16")
         teacher.prepare(source, original, tokenizer, pristine=True)
@@ -97,13 +127,7 @@ def main(gguf: str, data_dir: str, out_dir: str, *settings: str) -> None:
             plan=allocator,
             quantizer=quantizer,
             loss=loss,
-            optimizer=partial(
-                torch.optim.AdamW,
-                lr=float(args.get("lr", 3e-4)),
-                betas=(0.9, float(args.get("beta2", 0.999))),
-                weight_decay=0.0,
-                fused=device == "cuda",
-            ),
+            optimizer=optimizer_of(args, fused=device == "cuda"),
             scheduler=partial(
                 WarmupCosine, warmup_steps=int(args.get("warmup", 20)), final_ratio=float(args.get("final", 0.0))
             ),
@@ -132,13 +156,22 @@ def main(gguf: str, data_dir: str, out_dir: str, *settings: str) -> None:
         trainer.fit(module, datamodule=data, weights_only=True)
         seconds = time.monotonic() - started
         peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-        numbers = api.evaluate(student, evaluators(folder), judge, device=device)
+        numbers = api.evaluate(student, judges, judge, device=device)
         tokens = steps * int(args.get("batch", 16)) * int(args.get("accumulate", 1)) * 1024
         row = {"setting": setting, "rtn": measured_rtn[scheme], "student": numbers, "seconds": seconds,
                "tokens_per_s": tokens / seconds, "peak_gib": peak}  # fmt: skip
         with (out / "sweep.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(describe(row), flush=True)
+
+
+def optimizer_of(args: dict[str, str], fused: bool) -> Any:
+    """What `opt`, `lr` and `beta2` of a setting name."""
+    lr = float(args.get("lr", 3e-4))
+    if args.get("opt") == "muon":
+        return partial(MuonAdamW, lr=lr)
+    betas = (0.9, float(args.get("beta2", 0.999)))
+    return partial(torch.optim.AdamW, lr=lr, betas=betas, weight_decay=0.0, fused=fused)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -148,7 +181,8 @@ def describe(row: dict[str, Any]) -> str:
         rtn, student = row["rtn"][label], row["student"][label]
         parts.append(
             f"{label}: ppl {rtn['perplexity']:.2f} -> {student['perplexity']:.2f} "
-            f"({student['teacher_perplexity']:.2f}) KL {rtn['kl_mean']:.4f} -> {student['kl_mean']:.4f} top1 {100 * student['top1']:.1f}"
+            f"({student['teacher_perplexity']:.2f}) KL {rtn['kl_mean']:.4f} -> {student['kl_mean']:.4f} "
+            f"top1 {100 * student['top1']:.1f}"
         )
     return "  ".join(parts) + f"  {row['tokens_per_s']:,.0f} tok/s {row['peak_gib']:.1f} GiB"
 
