@@ -14,8 +14,8 @@ _PUBLIC = {
     "kdqat.api": ("evaluate", "export", "fit", "quantize"),
     "kdqat.allocate": ("BitAllocator", "FromFile", "Uniform"),
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
-    "kdqat.evaluate": ("Evaluator", "Perplexity", "TeacherAgreement"),
-    "kdqat.export": ("DequantizedHF", "Exporter"),
+    "kdqat.evaluators": ("Evaluator", "Perplexity", "TeacherAgreement"),
+    "kdqat.exporters": ("DequantizedHF", "Exporter"),
     "kdqat.initializers": ("RTN", "Initializer", "MSEGrid"),
     "kdqat.losses": (
         "CAKLD",

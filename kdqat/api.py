@@ -22,8 +22,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from kdqat.allocate import BitAllocator, Uniform
 from kdqat.callbacks import ProgressLine, StopOnSignal
 from kdqat.data import TextData
-from kdqat.evaluate import Evaluator
-from kdqat.export import Exporter
+from kdqat.evaluators import Evaluator
+from kdqat.exporters import Exporter
 from kdqat.files import whole_folder
 from kdqat.initializers import Initializer, MSEGrid
 from kdqat.losses import DistillLoss, ForwardKL

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kdqat.allocate import BitAllocator
 from kdqat.data import TextData
-from kdqat.evaluate import Evaluator
-from kdqat.export import Exporter
+from kdqat.evaluators import Evaluator
+from kdqat.exporters import Exporter
 from kdqat.initializers import Initializer
 from kdqat.losses import DistillLoss
 from kdqat.models import Teacher

@@ -16,15 +16,15 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from kdqat import allocate, callbacks, data, evaluate, export, initializers, losses, models, quant, training
+from kdqat import allocate, callbacks, data, evaluators, exporters, initializers, losses, models, quant, training
 from kdqat.cli.explain import explain, keys_of, nearest
 from kdqat.data import TextData
-from kdqat.evaluate import Evaluator
-from kdqat.export import Exporter
+from kdqat.evaluators import Evaluator
+from kdqat.exporters import Exporter
 from kdqat.report import RunDir, read_yaml
 from kdqat.training import KDQATModule
 
-METHODS = (allocate, callbacks, data, evaluate, export, initializers, losses, models, quant, training)
+METHODS = (allocate, callbacks, data, evaluators, exporters, initializers, losses, models, quant, training)
 SECTIONS = ("seed_everything", "model", "data", "trainer", "evaluate", "export")
 
 

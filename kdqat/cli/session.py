@@ -31,7 +31,7 @@ console = Console(stderr=True, highlight=False)
 
 
 def begin(verb: str, options: argparse.Namespace, overrides: Sequence[str], *, resume: bool = False) -> Recipe:
-    """Parse the recipe, seed, claim the run directory, write recipe and environment.
+    """Parse the recipe, seed, claim the run directory; nothing that is there is touched yet.
 
     Raises:
         ValueError: for anything wrong with recipe or directory, before a weight is loaded.
@@ -43,8 +43,14 @@ def begin(verb: str, options: argparse.Namespace, overrides: Sequence[str], *, r
         if resume and options.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
         recipe.run.claim(verb, recipe.content, overwrite=options.overwrite, resume=resume)
-        recipe.run.begin(verb, recipe.content, environment(hardware()), overwrite=options.overwrite)
+        recipe.run.make()
     return recipe
+
+
+def start(verb: str, recipe: Recipe, options: argparse.Namespace) -> None:
+    """Model and data have proved good: record recipe and environment, drop what is overwritten."""
+    if first_process():
+        recipe.run.start(verb, recipe.content, environment(hardware()), overwrite=options.overwrite)
 
 
 def save(student: Student, folder: Path) -> None:

@@ -18,9 +18,10 @@ from kdqat.cli.session import (
     quiet,
     run_of,
     save,
+    start,
     student_folder,
 )
-from kdqat.export import Exporter
+from kdqat.exporters import Exporter
 from kdqat.student import Student, load_student
 from kdqat.training import newest_complete
 from kdqat.training.gather import gather_student
@@ -30,6 +31,7 @@ def quantize(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Prepare a student and save it to prepared/."""
     recipe = begin("quantize", options, overrides)
     student = recipe.model.prepare()
+    start("quantize", recipe, options)
     save(student, recipe.run.prepared)
     console.print(f"prepared student: {recipe.run.prepared}")
 
@@ -46,6 +48,7 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for exporter in recipe.exporters:  # now, not after hours of training
         api.require_exportable(student, exporter, recipe.run.export / exporter.name, overwrite=overwrite)
     api.bind_data(recipe.data, student)
+    start("fit", recipe, options)
     if recipe.evaluators and first_process():
         measure_rtn(recipe, student)
     try:
@@ -82,6 +85,7 @@ def validate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     for results in trainer.validate(recipe.model, datamodule=recipe.data, verbose=False):
         numbers.update(results)
     if trainer.is_global_zero:
+        start("validate", recipe, options)
         recipe.run.write_json("validation.json", {"student": folder.name, **numbers})
         console.print("  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
 
@@ -92,8 +96,10 @@ def eval(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if not recipe.evaluators:
         raise ValueError(f"{options.recipe}: eval needs an evaluate section (docs/recipes.md)")
     folder = student_folder(recipe.run)
+    student = load_student(folder)
     measure_rtn(recipe, None)
-    compare(recipe, load_student(folder), folder)
+    start("eval", recipe, options)
+    compare(recipe, student, folder)
 
 
 def export(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -102,6 +108,9 @@ def export(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if not recipe.exporters:
         raise ValueError(f"{options.recipe}: export needs an export section (docs/recipes.md)")
     student = load_student(student_folder(recipe.run))
+    for exporter in recipe.exporters:
+        api.require_exportable(student, exporter, recipe.run.export / exporter.name, overwrite=options.overwrite)
+    start("export", recipe, options)
     _export(student, recipe.exporters, recipe.run.export, overwrite=options.overwrite)
 
 

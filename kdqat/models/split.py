@@ -81,7 +81,7 @@ def cut_vocabulary(student: SplitModel, teacher: SplitModel, tokenizers: Callabl
 
     Args:
         student, teacher: their `vocab_size` is set if rows must be cut.
-        tokenizers: called only when the sizes differ; gives (student's, teacher's).
+        tokenizers: gives (student's, teacher's).
 
     Returns:
         What was cut, for the log; None if nothing was.
@@ -90,8 +90,6 @@ def cut_vocabulary(student: SplitModel, teacher: SplitModel, tokenizers: Callabl
         ValueError: if the two tokenizers do not number the same tokens alike.
     """
     ours, theirs = student.num_logits, teacher.num_logits
-    if ours == theirs:
-        return None
     our_tokenizer, their_tokenizer = tokenizers()
     our_vocab, their_vocab = our_tokenizer.get_vocab(), their_tokenizer.get_vocab()
     size = min(ours, theirs)
@@ -100,5 +98,7 @@ def cut_vocabulary(student: SplitModel, teacher: SplitModel, tokenizers: Callabl
             f"vocabulary mismatch: the student has {ours} logits and {len(our_vocab)} tokens, the teacher {theirs} "
             f"logits and {len(their_vocab)} tokens, numbered differently; a teacher needs the student's tokenizer"
         )
+    if ours == theirs:
+        return None
     student.vocab_size = teacher.vocab_size = size
     return f"vocabulary: {ours} student and {theirs} teacher logits; {max(ours, theirs) - size} padding rows cut"

@@ -36,6 +36,8 @@ def apply_plan(model: M, plan: QuantPlan, quantizer: QuantizerFactory) -> M:
             raise ValueError(f"plan: {name!r} is fake-quantized already; strip_fake_quant first")
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"plan: {name!r} is a {type(layer).__name__}; only nn.Linear can be fake-quantized")
+        if type(layer).forward is not nn.Linear.forward:
+            raise ValueError(f"plan: {name!r} is a {type(layer).__name__} whose own forward would be lost; ignore it")
         if scheme.weight is not None:
             try:
                 scheme.weight.qparam_shape(layer.weight.shape)

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,22 +83,37 @@ class RunDir:
                     f"or run `kdqat {earlier} --overwrite`"
                 )
 
-    def begin(self, verb: str, recipe: Mapping[str, Any], environment: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Make the directory, drop what is to be overwritten, and write recipe and environment.
+    def make(self) -> None:
+        """Make the directory.
+
+        Raises:
+            ValueError: if it cannot be made or written.
+        """
+        with self._explained():
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(13, "no permission to write")
+
+    def start(self, verb: str, recipe: Mapping[str, Any], environment: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Write recipe and environment and drop what `verb` overwrites: called when all input has proved good.
 
         Raises:
             ValueError: if it cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
+        with self._explained():
             if overwrite:
                 for name in (*OUTPUTS[verb], *(_MEASURED if verb in ("quantize", "fit") else ())):
                     _remove(self.path / name)
             write_text(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False))
             write_text(self.path / "environment.json", json.dumps(dict(environment), indent=1))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise ValueError(f"{self.path}: cannot be written ({error.strerror}); choose another "
-                             "trainer.default_root_dir") from error  # fmt: skip
+            remedy = "choose another trainer.default_root_dir"
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror}); {remedy}") from error
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of `name`, or None if it is not there.

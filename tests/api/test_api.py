@@ -36,9 +36,6 @@ def fit(student: Student, data: kdqat.PackedText, **arguments: Any) -> Student:
     )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="kdqat.evaluate and kdqat.export are subpackages: imported, they hide the functions"
-)
 def test_the_functions_are_called_as_the_readme_calls_them(student: Student, tmp_path: Path) -> None:
     kdqat.evaluate(student, [kdqat.Perplexity("kdqat:prose", **EVALUATOR)])
     kdqat.export(student, kdqat.DequantizedHF(), tmp_path / "out")

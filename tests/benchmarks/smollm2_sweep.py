@@ -22,7 +22,7 @@ import torch
 from kdqat import api
 from kdqat.allocate import Uniform
 from kdqat.data import PackedText, TextSource
-from kdqat.evaluate import TeacherAgreement
+from kdqat.evaluators import TeacherAgreement
 from kdqat.initializers import RTN, MSEGrid
 from kdqat.losses import CAKLD, CrossEntropy, ForwardKL, GeneralizedJSD, HiddenStates, ReverseKL, WeightedSum
 from kdqat.models import FrozenTeacher, ModelSource, SplitModel

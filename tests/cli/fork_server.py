@@ -141,3 +141,10 @@ def serve() -> None:
 
 if __name__ == "__main__":
     serve()
+
+
+def run(folder: Path, *argv: str) -> str:
+    """stdout of a command that must succeed."""
+    done = server().run(folder, *argv)
+    assert done.code == 0, done.err
+    return done.out

@@ -15,17 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.cli.fork_server import ROOT, server
+from tests.cli.fork_server import ROOT, run
 from tests.cli.recipes import DROP, write
 
 OUTPUTS = {"prepared", "checkpoints", "metrics.csv", "student", "eval.json", "export", "validation.json"}
-
-
-def run(folder: Path, *argv: str) -> str:
-    """stdout of a command that must succeed."""
-    done = server().run(folder, *argv)
-    assert done.code == 0, done.err
-    return done.out
 
 
 def kdqat_in_python(folder: Path, *argv: str) -> tuple[str, list[str]]:
@@ -178,54 +171,6 @@ def test_every_recipe_parses_builds_and_says_how_to_run_it(path: Path) -> None:
     recipe = parse_recipe(path)
     assert recipe.model.source.path
     assert not recipe.run.path.is_relative_to(ROOT / "recipes")
-
-
-def test_a_second_run_refuses_and_overwrite_replaces_it(tmp_path: Path) -> None:
-    write(tmp_path)
-    first = run(tmp_path, "fit", "recipe.yaml")
-    marker = tmp_path / "run" / "student" / "marker"
-    marker.touch()
-    assert server().run(tmp_path, "fit", "recipe.yaml").code == 2
-    assert marker.exists()
-    assert run(tmp_path, "fit", "recipe.yaml", "--overwrite") == first
-    assert not marker.exists()
-    assert len(list((tmp_path / "run" / "checkpoints").glob("*"))) == 1
-
-
-def test_an_overwritten_student_takes_its_numbers_with_it(tmp_path: Path) -> None:
-    write(tmp_path)
-    run(tmp_path, "fit", "recipe.yaml")
-    run(tmp_path, "validate", "recipe.yaml")
-    write(tmp_path, evaluate=DROP)
-    run(tmp_path, "fit", "recipe.yaml", "--overwrite")
-    left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert "eval.json" not in left and "validation.json" not in left
-    assert len(list((tmp_path / "run" / "tensorboard").glob("events*"))) == 1  # one curve, not two
-
-
-def test_an_export_in_the_way_is_said_before_training(tmp_path: Path) -> None:
-    write(tmp_path)
-    run(tmp_path, "quantize", "recipe.yaml")
-    run(tmp_path, "export", "recipe.yaml")
-    done = server().run(tmp_path, "fit", "recipe.yaml")
-    assert done.code == 2 and "run/export/dequantized exists already: use --overwrite" in done.err
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_a_finished_run_that_resumes_ends_the_same_way(tmp_path: Path) -> None:
-    write(tmp_path)
-    table = run(tmp_path, "fit", "recipe.yaml")
-    student = (tmp_path / "run" / "student" / "model.safetensors").read_bytes()
-    assert run(tmp_path, "fit", "recipe.yaml", "--resume") == table
-    assert (tmp_path / "run" / "student" / "model.safetensors").read_bytes() == student
-
-
-def test_overwriting_may_change_the_recipe(tmp_path: Path) -> None:
-    write(tmp_path)
-    run(tmp_path, "fit", "recipe.yaml")
-    run(tmp_path, "fit", "recipe.yaml", "--overwrite", "--model.plan.scheme", "W2A16_G32")
-    plan = json.loads((tmp_path / "run" / "student" / "quant_plan.json").read_text())
-    assert list(plan["schemes"]) == ["W2A16_G32"]
 
 
 def test_eval_says_what_fit_said_of_the_same_student(finished: Path) -> None:

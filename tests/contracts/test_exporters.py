@@ -1,4 +1,4 @@
-"""The exporter contract, for every exporter in `kdqat.export`; a new file is found and imported.
+"""The exporter contract, for every exporter in `kdqat.exporters`; a new file is found and imported.
 
 The flagship: what a reader process that has never heard of kdqat computes is what the student computed, bit for bit.
 A format whose reader computes in other numbers states its tolerance in TOLERANCE.
@@ -16,10 +16,10 @@ import sys
 import pytest
 import torch
 
-import kdqat.export
+import kdqat.exporters
 from kdqat import api
 from kdqat.allocate import Uniform
-from kdqat.export import Exporter
+from kdqat.exporters import Exporter
 from kdqat.initializers import MSEGrid
 from kdqat.models import ModelSource, SplitModel
 from kdqat.models.toy import toy_model
@@ -46,7 +46,7 @@ IDS = torch.randint(3, 256, (2, 32), generator=torch.Generator().manual_seed(0))
 
 def found_exporters() -> list[type[Exporter]]:
     found: set[type[Exporter]] = set()
-    for module in pkgutil.walk_packages(kdqat.export.__path__, "kdqat.export."):
+    for module in pkgutil.walk_packages(kdqat.exporters.__path__, "kdqat.exporters."):
         for value in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(value) and issubclass(value, Exporter) and not inspect.isabstract(value):
                 found.add(value)
@@ -113,7 +113,7 @@ def run_reader(folders) -> None:
 
 
 def test_the_walk_finds_the_exporters_and_all_of_them_are_public():
-    assert {"DequantizedHF"} <= {cls.__name__ for cls in found_exporters()} <= set(kdqat.export.__all__)
+    assert {"DequantizedHF"} <= {cls.__name__ for cls in found_exporters()} <= set(kdqat.exporters.__all__)
     names = [cls.name for cls in found_exporters()]
     assert len(set(names)) == len(names) and all(name.isidentifier() for name in names)
 

@@ -120,10 +120,18 @@ def test_padding_rows_of_the_larger_head_are_cut_when_the_tokenizers_agree(large
     assert parts.sum.isfinite() and parts.sum > 0
 
 
-def test_equal_sizes_are_left_alone_without_asking_for_tokenizers():
+def test_equal_sizes_are_left_alone_when_the_tokenizers_agree():
     student, teacher = split("llama"), split("qwen2")
-    assert cut_vocabulary(student, teacher, lambda: pytest.fail("not needed")) is None
+    assert cut_vocabulary(student, teacher, lambda: (toy_tokenizer(), toy_tokenizer())) is None
     assert student.vocab_size is None and teacher.vocab_size is None
+
+
+def test_a_foreign_tokenizer_of_the_same_size_is_refused():
+    ours, theirs = toy_tokenizer(), toy_tokenizer()
+    vocab = {token: (i + 1) % 259 for token, i in ours.get_vocab().items()}
+    theirs.get_vocab = lambda: vocab
+    with pytest.raises(ValueError, match="numbered differently"):
+        cut_vocabulary(split("llama"), split("qwen2"), lambda: (ours, theirs))
 
 
 @pytest.mark.parametrize("change", ["renumbered", "one more", "too many for the cut"])

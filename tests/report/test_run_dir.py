@@ -33,7 +33,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     directory = RunDir(tmp_path / "run")
-    directory.begin("quantize", RECIPE, {}, overwrite=False)
+    directory.make()
+    directory.start("quantize", RECIPE, {}, overwrite=False)
     return directory
 
 
@@ -92,14 +93,14 @@ def test_overwriting_removes_the_verbs_own_output_and_the_numbers_about_it(run: 
         (run.path / name).mkdir()
     for name in ("eval.json", "validation.json", "metrics.csv", "baseline.json"):
         run.write_json(name, {})
-    run.begin("fit", RECIPE, {}, overwrite=True)
+    run.start("fit", RECIPE, {}, overwrite=True)
     assert {p.name for p in run.path.iterdir()} == {"prepared", "baseline.json", "recipe.yaml", "environment.json"}
 
 
 def test_what_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot be written \(.*\); choose another trainer.default_root_dir"):
-        RunDir(tmp_path / "file" / "run").begin("fit", RECIPE, {}, overwrite=False)
+        RunDir(tmp_path / "file" / "run").make()
 
 
 def test_the_stored_recipe_is_the_recipe(run: RunDir) -> None:

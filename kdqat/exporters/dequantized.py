@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from kdqat.export.base import Exporter
+from kdqat.exporters.base import Exporter
 from kdqat.models.source import Dtype
 from kdqat.spec import QuantPlan
 from kdqat.student import Student, plain_state

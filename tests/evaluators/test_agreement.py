@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from kdqat import api
 from kdqat.data import TextSource, windows
-from kdqat.evaluate import Perplexity, TeacherAgreement
+from kdqat.evaluators import Perplexity, TeacherAgreement
 from kdqat.models import FrozenTeacher
 from kdqat.student import Student
 
@@ -46,7 +46,7 @@ def logits(student: Student, teacher: FrozenTeacher) -> tuple[torch.Tensor, torc
 def test_numbers_are_those_of_the_full_logits(
     student: Student, teacher: FrozenTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdqat.evaluate.agreement.CHUNK_TOKENS", 50)  # chunks that end inside a window
+    monkeypatch.setattr("kdqat.evaluators.agreement.CHUNK_TOKENS", 50)  # chunks that end inside a window
     student.split.eval()
     numbers = TeacherAgreement("kdqat:prose", **OPTIONS).evaluate(student, teacher)
     ours, theirs, labels = logits(student, teacher)

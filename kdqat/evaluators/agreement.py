@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdqat.evaluate.base import TextEvaluator
+from kdqat.evaluators.base import TextEvaluator
 from kdqat.metrics import perplexity, token_kl, token_nll, top1_agreement
 from kdqat.models import Teacher
 from kdqat.student import Student

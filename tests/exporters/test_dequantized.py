@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdqat import api
-from kdqat.export import DequantizedHF, Exporter
+from kdqat.exporters import DequantizedHF, Exporter
 from kdqat.initializers import RTN
 from tests.contracts.test_exporters import IDS, trained
 
@@ -98,7 +98,6 @@ def test_a_plan_that_the_format_refuses_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the subpackages `export` and `evaluate` take the names of the functions")
 def test_the_public_verbs_are_functions_whatever_was_imported_before():
     import kdqat
 

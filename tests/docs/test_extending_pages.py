@@ -1,0 +1,316 @@
+"""Every python example of docs/extending is executed and held to the contract of its kind; every recipe snippet parses.
+
+Where a contract test exists its own functions are called with the example, so the pages cannot drift from them.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import kdqat
+from kdqat import api
+from kdqat.cli.parser import Recipe, parse_recipe
+from kdqat.data import PackedText
+from kdqat.initializers import RTN
+from kdqat.losses import ForwardKL
+from kdqat.models import FrozenTeacher, SplitModel, layer_refs
+from kdqat.models.roles import FAMILIES
+from kdqat.models.toy import toy_tokenizer
+from kdqat.quant import MinMax
+from kdqat.spec import QuantPlan, preset
+from kdqat.types import Batch, LayerRef
+from tests.cli.recipes import BASE
+from tests.contracts import test_allocators, test_exporters, test_initializers, test_losses, test_quantizers
+from tests.quant.specs import SOME_GRIDS, make_spec, spec_id
+
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "extending"
+NAMES = sorted(page.stem for page in PAGES.glob("*.md") if page.stem != "README")
+SOURCE = re.compile(r"^```python\n(# (\w+)\.py\n.*?)^```$", re.DOTALL | re.MULTILINE)
+SNIPPET = re.compile(r"^```yaml\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+every_grid = pytest.mark.parametrize("spec", SOME_GRIDS, ids=spec_id)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on sys.path with the files of all examples."""
+    folder = tmp_path_factory.mktemp("examples")
+    names = []
+    for page in NAMES:
+        for text, name in SOURCE.findall((PAGES / f"{page}.md").read_text()):
+            (folder / f"{name}.py").write_text(text)
+            names.append(name)
+    assert len(set(names)) == len(names)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    yield folder
+    sys.path.remove(str(folder))
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def example(folder: Path) -> Any:
+    """Import one of the files; `example("power_of_two").PowerOfTwo`."""
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def student(scheme: Any = "W4A16_G32", **kwargs: Any) -> Any:
+    return api.quantize("toy:llama", scheme, **{"initializer": RTN(), **kwargs})
+
+
+def snippet(page: str) -> dict[str, Any]:
+    (text,) = SNIPPET.findall((PAGES / f"{page}.md").read_text())
+    return yaml.safe_load(text)
+
+
+def laid_over(base: Any, top: Any) -> Any:
+    """`top` on `base`; what names a class replaces the whole entry."""
+    if not isinstance(base, dict) or not isinstance(top, dict) or "class_path" in top:
+        return top
+    return {**base, **{key: laid_over(base.get(key), value) for key, value in top.items()}}
+
+
+def parsed(page: str, tmp_path: Path) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(laid_over(copy.deepcopy(BASE), snippet(page)), sort_keys=False))
+    return parse_recipe(path)
+
+
+def test_there_is_a_page_for_every_kind_and_the_index_names_it():
+    kinds = {"quantizer", "loss", "initializer", "allocator", "exporter", "evaluator", "callback", "data_source"}
+    assert set(NAMES) == {*kinds, "model_family"}
+    index = (PAGES / "README.md").read_text()
+    assert all(f"({name}.md)" in index for name in NAMES)
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_a_page_has_a_complete_example_a_recipe_and_names_its_test(page):
+    text = (PAGES / f"{page}.md").read_text()
+    assert SOURCE.search(text) and len(SNIPPET.findall(text)) == 1
+    assert re.search(r"`tests/[\w/]+\.py`", text)
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_the_recipe_of_a_page_parses_and_builds_the_example(page, folder, tmp_path):
+    recipe = parsed(page, tmp_path)
+    built = [recipe.model.loss, recipe.model.allocator, recipe.model.initializer, recipe.data]
+    built += [*recipe.evaluators, *recipe.exporters, *(recipe.trainer["callbacks"] or [])]
+    built.append(recipe.model.quantizer(preset("W4A16").weight, torch.Size((8, 32))))
+    own = {type(part).__module__ for part in built} & {path.stem for path in folder.glob("*.py")}
+    mine = {name for _, name in SOURCE.findall((PAGES / f"{page}.md").read_text())}
+    assert own <= mine and (own or page == "model_family")  # a family is found by the model's own type
+
+
+@every_grid
+@pytest.mark.parametrize(
+    "clause",
+    [
+        test_quantizers.test_state_is_complete_before_the_first_forward_and_loads_strictly,
+        test_quantizers.test_scales_have_a_dimension_fp32_and_the_shape_of_the_spec,
+        test_quantizers.test_it_builds_on_the_meta_device_and_can_be_filled_there,
+        test_quantizers.test_forward_is_pure,
+        test_quantizers.test_applying_it_twice_with_its_stored_qparams_equals_once,
+        test_quantizers.test_exported_codes_dequantize_to_exactly_the_forward_value,
+        test_quantizers.test_a_group_holds_at_most_two_to_the_bits_levels,
+        test_quantizers.test_gradients_of_input_and_parameters_are_finite_and_there,
+        test_quantizers.test_it_compiles_whole_and_changing_bits_does_not_recompile,
+    ],
+    ids=lambda clause: clause.__name__,
+)
+def test_the_quantizer_meets_the_quantizer_contract(clause, spec, example):
+    clause(example("power_of_two").PowerOfTwo, spec)
+
+
+@every_grid
+def test_the_quantizers_scales_are_powers_of_two(spec, example):
+    quantizer = test_quantizers.make(example("power_of_two").PowerOfTwo, spec)
+    exponents = quantizer.stored_qparams(test_quantizers.weights()).scale.abs().log2()
+    assert torch.equal(exponents, exponents.round())
+
+
+@pytest.mark.parametrize(
+    "clause",
+    [
+        test_losses.test_a_divergence_is_zero_when_the_student_equals_the_teacher,
+        test_losses.test_what_padding_holds_changes_nothing,
+        test_losses.test_gradients_are_finite_and_padded_positions_get_none,
+        test_losses.test_a_prediction_across_documents_is_not_counted,
+        test_losses.test_parts_are_scalars_and_named_sums_are_detached,
+        test_losses.test_gradient_never_reaches_the_teacher,
+        test_losses.test_a_missing_teacher_is_an_error_with_a_remedy_where_one_is_needed,
+        test_losses.test_a_token_loss_compiles_without_graph_breaks,
+    ],
+    ids=lambda clause: clause.__name__,
+)
+def test_the_loss_meets_the_loss_contract(clause, example):
+    clause(example("top_k_kl").TopKKL)
+
+
+def test_the_loss_is_the_plain_kl_where_k_is_the_vocabulary_and_refuses_k_of_one(example):
+    cls, batch = example("top_k_kl").TopKKL, test_losses.ragged_batch()
+    whole, plain = (test_losses.run(loss, batch).sum for loss in (cls(k=10**6), ForwardKL()))
+    torch.testing.assert_close(whole, plain)
+    assert test_losses.run(cls(k=2), batch).sum < plain
+    with pytest.raises(ValueError, match="k must be at least 2"):
+        cls(k=1)
+
+
+@every_grid
+@pytest.mark.parametrize(
+    "clause",
+    [
+        test_initializers.test_every_layer_gets_finite_scales_that_fit_its_weights,
+        test_initializers.test_the_weight_error_is_not_far_from_rtns,
+        test_initializers.test_it_is_repeatable,
+        test_initializers.test_zero_and_constant_weights_are_survived,
+    ],
+    ids=lambda clause: clause.__name__,
+)
+def test_the_initializer_meets_the_initializer_contract(clause, spec, example):
+    clause(example("clip_at_rms").ClipAtRMS, spec)
+
+
+def test_the_initializer_keeps_objects_and_weights_clips_outliers_and_refuses_live_ranges(example):
+    cls = example("clip_at_rms").ClipAtRMS
+    test_initializers.test_what_it_writes_survives_in_the_parameters_that_are_there(cls)
+    test_initializers.test_only_one_that_says_so_rewrites_latent_weights(cls)
+    test_initializers.test_for_live_ranges_it_either_has_nothing_to_set_or_names_the_layer(cls)
+    scales = []
+    for initializer in (RTN(), cls()):
+        block = test_initializers.make_block(make_spec(4))
+        with torch.no_grad():
+            block.layers["block.a"].weight[:, 0] = 10.0
+        initializer.initialize(block)
+        scales.append(block.layers["block.a"].weight_fake_quantizer.scale)
+    assert (scales[1] < scales[0]).all()
+
+
+def test_the_allocator_meets_the_allocator_contract_and_spends_at_the_edges(example, tmp_path, monkeypatch):
+    cls = example("edges_high").EdgesHigh
+    monkeypatch.setitem(test_allocators.ARGUMENTS, cls, lambda _: cls("W4A16_G32", "W8A16"))
+    test_allocators.test_every_layer_is_planned_or_ignored_and_never_both(cls, tmp_path)
+    test_allocators.test_the_plan_fits_the_model_it_was_made_for(cls, tmp_path)
+    test_allocators.test_it_is_repeatable_and_gives_an_equal_plan_after_a_round_trip(cls, tmp_path)
+    layers = [LayerRef(f"model.layers.{i}.mlp.up_proj", i, "up", (64, 64)) for i in range(5)]
+    plan = cls("W3A16", "W8A16", num_edge=2).allocate(layers)
+    assert [plan[layer.name].weight.bits for layer in layers] == [8, 8, 3, 8, 8]
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_G32", "W8A16_G64"])
+def test_the_exporter_writes_the_codes_and_its_reader_gives_the_students_logits(scheme, example, tmp_path):
+    cls = example("codes_file").CodesFile
+    trained = test_exporters.trained("toy:llama", scheme)
+    folder = api.export(trained, cls(), tmp_path / "out")
+    assert {"codes.safetensors", "config.json", "tokenizer.json", "quant_plan.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert QuantPlan.load(folder) == trained.plan
+    ids = test_exporters.IDS
+    with torch.no_grad():
+        assert torch.equal(cls().reload(folder)(input_ids=ids).logits, trained.model(input_ids=ids).logits)
+
+
+def test_the_exporter_refuses_what_it_cannot_hold_and_leaves_the_student_alone(example, tmp_path):
+    cls = example("codes_file").CodesFile
+    test_exporters.test_what_it_refuses_is_a_reason_or_nothing(cls)
+    test_exporters.test_exporting_leaves_the_student_as_it_was(cls, tmp_path)
+    with pytest.raises(ValueError, match="q_proj: only symmetric weights fit"):
+        api.export(student("W4A16_ASYM_G32"), cls(), tmp_path / "asymmetric")
+
+
+def test_the_evaluator_returns_floats_and_one_for_a_student_that_is_its_teacher(example):
+    cls = example("hidden_cosine").HiddenCosine
+    evaluator = cls("kdqat:prose", seq_len=32, limit=4)
+    coarse, fine = (api.evaluate(student(s), [evaluator])["kdqat:prose"] for s in ("W2A16_G32", "W8A16_G32"))
+    for numbers in (coarse, fine):
+        assert set(numbers) == {"hidden_cosine", "tokens"} and all(type(n) is float for n in numbers.values())
+    assert coarse["hidden_cosine"] < fine["hidden_cosine"] <= 1.0 + 1e-6
+    assert fine["hidden_cosine"] == pytest.approx(1.0, abs=1e-3) and fine["tokens"] == 4 * 32
+    with pytest.raises(ValueError, match="needs a teacher"):
+        evaluator.evaluate(student(), None)
+
+
+def fitted(out_dir: Path | None, *callbacks: Any, steps: int = 4, **trainer_args: Any) -> Any:
+    torch.manual_seed(0)
+    data = PackedText("kdqat:prose", seq_len=32, batch_size=2, val_rows=0)
+    teacher = FrozenTeacher(dtype="float32")
+    args = {"accelerator": "cpu", "log_every_n_steps": 1, "enable_progress_bar": False, **trainer_args}
+    return api.fit(student(), data=data, steps=steps, teacher=teacher, callbacks=callbacks, out_dir=out_dir, **args)
+
+
+def weights_of(trained: Any) -> dict[str, torch.Tensor]:
+    return trained.split.state_dict()
+
+
+def test_the_observer_logs_and_leaves_the_run_bit_identical(example, tmp_path):
+    log = example("scale_log").ScaleLog
+    without, with_it = (
+        weights_of(fitted(tmp_path / name, *cbs)) for name, cbs in (("a", ()), ("b", (log(every_n_steps=2),)))
+    )
+    assert all(torch.equal(without[name], with_it[name]) for name in without)
+    assert "scales/down" in (tmp_path / "b" / "metrics.csv").read_text().splitlines()[0]
+    assert "scales/" not in (tmp_path / "a" / "metrics.csv").read_text()
+
+
+def test_the_steering_callback_freezes_its_roles_inside_its_window_only(example):
+    window = example("freeze_window").FreezeWindow
+    before = weights_of(student())
+    names = [name for name in before if "self_attn.o_proj.weight" in name]
+    assert any(name.endswith("quantizer.scale") for name in names)
+    frozen = weights_of(fitted(None, window(["o"], start=0, stop=4)))
+    thawed = weights_of(fitted(None, window(["o"], start=0, stop=2)))
+    for name in before:
+        moving = before[name].is_floating_point() and not name.endswith(("zero_point", "qmin", "qmax"))
+        assert torch.equal(before[name], frozen[name]) == (name in names or not moving), name
+        assert torch.equal(before[name], thawed[name]) == (not moving), name
+
+
+def test_the_data_source_packs_its_column_and_holds_rows_out(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    body = ["a page about nothing " * 10, 'with "quotes", commas\nand lines ' * 10]
+    lines = ["title,body", *('x,"{}"'.format(text.replace('"', '""')) for text in body)]
+    (tmp_path / "notes.csv").write_text("\n".join(lines) + "\n")
+    data = parsed("data_source", tmp_path).data
+    data.bind(toy_tokenizer(), 512)
+    facts = data.describe()
+    assert facts["documents"] == 2 and facts["val_rows"] == 1 and facts["train_rows"] > 2
+    batch = next(iter(data.train_dataloader()))
+    assert batch.input_ids.shape == (2, 32)
+    with pytest.raises(ValueError, match="has no column 'text'"):
+        example("csv_text").CSVText("notes.csv", seq_len=32).bind(toy_tokenizer())
+
+
+def test_the_model_family_gives_roles_blocks_body_and_head(example, monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.setattr("kdqat.models.roles.FAMILIES", dict(FAMILIES))
+    sys.modules.pop("olmo2", None)
+    example("olmo2")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("olmo2", **sizes, vocab_size=260, max_position_embeddings=64, pad_token_id=0)
+    split = SplitModel(AutoModelForCausalLM.from_config(config)).eval()
+    refs = layer_refs(split.model)
+    assert sorted(ref.role for ref in refs if ref.block == 1) == sorted(["q", "k", "v", "o", "gate", "up", "down"])
+    ids = test_exporters.IDS
+    with torch.no_grad():
+        outputs = split(Batch(ids, ids))
+        assert torch.equal(outputs.head(outputs.hidden), split.model(input_ids=ids).logits)
+    plan = api.Uniform("W4A16_G32").allocate(refs)
+    assert len(plan) == 14
+    kdqat.apply_plan(split.model, plan, MinMax)

@@ -1,0 +1,120 @@
+"""Links, paths, tests and classes that the documentation names exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import kdqat
+from kdqat.spec import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), *ROOT.glob("recipes/**/*.md")])
+EXTENDING = sorted((ROOT / "docs" / "extending").glob("*.md"))
+
+LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"`([^`\n]+)`")
+PATH = re.compile(r"(?:[\w.-]+/)+[\w.-]*(?:::\w+)?")
+RECIPE = re.compile(r"\brecipes/[\w./-]+\.ya?ml")
+CLASS = re.compile(r"\b([A-Z]\w*)((?:\.[a-z_]\w*)?)")
+
+OURS = ("kdqat", "tests", "docs", "recipes", ".ci")  # a path that begins so is a path of this repository
+PACKAGES = tuple(path.name for path in (ROOT / "kdqat").iterdir() if path.is_dir())  # and so is `data/texts.py`
+ELSEWHERE = {"Callback"}  # classes of other libraries that docs/extending may name
+NOT_YET = {"StudentEdit"}  # docs/extending says of these that they do not exist
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.replace("`", "").lower()).replace(" ", "-") for title in titles}
+
+
+def named_paths(page: Path) -> set[str]:
+    """Paths of this repository in inline code, with a test's name behind "::" where one is given."""
+    found = set()
+    for code in CODE.findall(prose(page)):
+        for path in PATH.findall(code):
+            first, last = path.split("/")[0], path.split("::")[0].rsplit("/", 1)[1]
+            if (first in OURS and path == code) or (first in PACKAGES and last.endswith(".py")):
+                found.add(path)
+    return found
+
+
+def test_there_are_pages():
+    assert {"README.md", "docs/glossary.md", "docs/recipes.md", "docs/data.md"} <= {
+        str(page.relative_to(ROOT)) for page in PAGES
+    }
+    assert any(named_paths(page) for page in PAGES)
+
+
+@every_page
+def test_relative_links_lead_somewhere(page):
+    for target in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue  # another site
+        path, _, anchor = target.partition("#")
+        where = page.parent / path if path else page
+        assert where.exists(), f"{target}: no such file"
+        if anchor and where.suffix == ".md":
+            assert anchor in anchors(where), f"{target}: no such heading"
+
+
+@every_page
+def test_paths_and_tests_that_are_named_exist(page):
+    for named in named_paths(page):
+        path, _, test = named.partition("::")
+        where = next((root / path for root in (ROOT, ROOT / "kdqat") if (root / path).exists()), None)
+        assert where is not None, f"{named}: no such file"
+        assert not test or f"def {test}(" in where.read_text(), f"{named}: no such test"
+
+
+@every_page
+def test_recipes_that_are_named_exist(page):
+    for named in RECIPE.findall(page.read_text()):
+        assert (ROOT / named).is_file(), f"{named}: no such recipe"
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, object]:
+    """Everything with a name in any module of kdqat."""
+    names: dict[str, object] = {}
+    for module in pkgutil.walk_packages(kdqat.__path__, "kdqat."):
+        if not module.name.endswith("__main__"):
+            names.update(vars(importlib.import_module(module.name)))
+    return names
+
+
+@pytest.mark.parametrize("page", EXTENDING, ids=lambda page: page.name)
+def test_classes_that_the_extending_pages_name_exist(page, known):
+    examples = "\n".join(
+        source for other in EXTENDING for source in re.findall(r"^```python\n(.*?)^```$", other.read_text(), re.S | re.M)
+    )
+    own = {node.name for node in ast.walk(ast.parse(examples)) if isinstance(node, ast.ClassDef)}
+    builtins = set(dir(__builtins__)) | set(__builtins__ if isinstance(__builtins__, dict) else ())
+    constants = {"ARGUMENTS", "VARIANTS", "EXPECTED", "IGNORE_INDEX", "PYTHONPATH"}
+    for code in CODE.findall(prose(page)):
+        if "/" in code:
+            continue
+        for name, attribute in CLASS.findall(code):
+            if name in own | builtins | constants | ELSEWHERE | NOT_YET | set(PRESETS) or len(name) == 1:
+                continue
+            assert name in known, f"{code}: kdqat has no {name}"
+            assert not attribute or hasattr(known[name], attribute[1:]), f"{code}: {name} has no {attribute}"
+
+
+def test_what_the_pages_say_does_not_exist_yet_does_not(known):
+    assert not NOT_YET & set(known), "write its page in docs/extending, and take it out of NOT_YET"
