@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise ValueError(f"unknown argument {rest[0]!r}")
             print(report(options.run, options.json))
             return
+        sys.path.insert(0, "")  # classes in a file beside the recipe, as under `python -m`
         from kdqat.cli import verbs
 
         code = getattr(verbs, options.verb)(options, rest)

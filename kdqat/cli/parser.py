@@ -21,6 +21,7 @@ from kdqat.cli.explain import explain, keys_of, nearest
 from kdqat.data import TextData
 from kdqat.evaluators import Evaluator
 from kdqat.exporters import Exporter
+from kdqat.models import Teacher
 from kdqat.report import RunDir, read_yaml
 from kdqat.training import KDQATModule
 
@@ -40,6 +41,7 @@ class Recipe:
     evaluators: list[Evaluator]
     exporters: list[Exporter]
     run: RunDir
+    judge: Teacher | None = None  # measures where nobody teaches
 
 
 def parse_recipe(path: Path, arguments: Sequence[str] = ()) -> Recipe:
@@ -64,6 +66,8 @@ def parse_recipe(path: Path, arguments: Sequence[str] = ()) -> Recipe:
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(Path("runs") / file.stem)
         content = yaml.safe_load(parser.dump(config, skip_unset=True))
+        if config.trainer.check_val_every_n_epoch is None:  # the one null that says something; see api.make_trainer
+            content["trainer"]["check_val_every_n_epoch"] = None
         built = parser.instantiate(config)
     except (ArgumentError, ValueError) as error:  # ValueError: what a constructor refuses
         raise ValueError(f"{file}: {explain(str(error), parser, METHODS)}") from error

@@ -91,10 +91,12 @@ def compare(recipe: Recipe, student: Student, folder: Path) -> None:
 
 
 def teacher_of(recipe: Recipe) -> Teacher:
-    """The recipe's teacher; where it trains without one, the student's source in float32 still is the measure."""
-    if recipe.model.teacher is None:
-        recipe.model.teacher = FrozenTeacher(dtype="float32")
-    return recipe.model.teacher
+    """Whom students are measured against: the recipe's teacher, else the student's source in float32."""
+    if recipe.model.teacher is not None:
+        return recipe.model.teacher
+    if recipe.judge is None:
+        recipe.judge = FrozenTeacher(dtype="float32")
+    return recipe.judge
 
 
 def run_of(path: Path) -> RunDir:

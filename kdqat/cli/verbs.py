@@ -59,7 +59,7 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if stopped:
         if not trainer.is_global_zero:
             return 0  # Lightning kills the first process when another one fails before it
-        console.print(f"stopped at step {trainer.global_step}, saved; `kdqat fit {options.recipe} --resume` goes on")
+        console.print(f"stopped at step {trainer.global_step}, saved; `kdqat fit {recipe.run.path} --resume` goes on")
         return 128 + stopped
     student = gather_student(trainer, recipe.model)
     if not trainer.is_global_zero:

@@ -73,7 +73,7 @@ class Checkpoints(Checkpoint):
     """Saves the run: at intervals, at the end, and the best by `val/kl`.
 
     Args:
-        every_n_steps: optimizer steps between saves; None: only at the end (and on SIGTERM).
+        every_n_steps: optimizer steps between saves; None: only at the end, and on SIGTERM.
         keep_last: how many of them to keep.
         select: which weights become `student/`: the "last", or those with the "best" val/kl.
 
@@ -81,7 +81,7 @@ class Checkpoints(Checkpoint):
         ValueError: for numbers below 1 or an unknown select.
     """
 
-    def __init__(self, *, every_n_steps: int | None = None, keep_last: int = 1, select: str = "last") -> None:
+    def __init__(self, *, every_n_steps: int | None = 500, keep_last: int = 1, select: str = "last") -> None:
         if keep_last < 1 or (every_n_steps is not None and every_n_steps < 1):
             raise ValueError("Checkpoints: every_n_steps and keep_last must be at least 1")
         if select not in ("last", "best"):
@@ -139,6 +139,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.save(trainer, at_end=True)
+        if self.select == "best" and self.best_step < 0:
+            log.warning("Checkpoints: select is best, but no validation gave a val/kl; student/ gets the last weights")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._rng is not None:  # after everything that draws numbers on the way here

@@ -56,6 +56,11 @@ def write(folder: Path, content: dict[str, Any] | None = None, name: str = "reci
     return path
 
 
+def named_loss(class_path: str) -> dict[str, Any]:
+    """A loss section."""
+    return {"class_path": class_path}
+
+
 def stories() -> Path:
     """A real small model beside the repository; a checkout alone does not have it."""
     for shared in (ROOT.parent / "shared", ROOT / "shared"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -11,13 +13,17 @@ from pathlib import Path
 import pytest
 
 import kdqat
-from kdqat.spec import PRESETS
+from kdqat.cli.explain import _GIVEN
+from kdqat.cli.parser import METHODS
+from kdqat.spec import PRESETS, QuantSpec
+from kdqat.training import KDQATModule
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), *ROOT.glob("recipes/**/*.md")])
 EXTENDING = sorted((ROOT / "docs" / "extending").glob("*.md"))
 
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"(?:[\w.-]+/)+[\w.-]*(?:::\w+)?")
@@ -26,7 +32,8 @@ CLASS = re.compile(r"\b([A-Z]\w*)((?:\.[a-z_]\w*)?)")
 
 OURS = ("kdqat", "tests", "docs", "recipes", ".ci")  # a path that begins so is a path of this repository
 PACKAGES = tuple(path.name for path in (ROOT / "kdqat").iterdir() if path.is_dir())  # and so is `data/texts.py`
-ELSEWHERE = {"Callback"}  # classes of other libraries that docs/extending may name
+ELSEWHERE = {"Callback", "Linear", *vars(builtins)}  # classes of other libraries that docs/extending may name
+CONSTANTS = {"ARGUMENTS", "VARIANTS", "EXPECTED", "PYTHONPATH"}  # of tests and of the shell
 NOT_YET = {"StudentEdit"}  # docs/extending says of these that they do not exist
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -100,17 +107,14 @@ def known() -> dict[str, object]:
 
 @pytest.mark.parametrize("page", EXTENDING, ids=lambda page: page.name)
 def test_classes_that_the_extending_pages_name_exist(page, known):
-    examples = "\n".join(
-        source for other in EXTENDING for source in re.findall(r"^```python\n(.*?)^```$", other.read_text(), re.S | re.M)
-    )
+    examples = "\n".join(source for other in EXTENDING for source in EXAMPLE.findall(other.read_text()))
     own = {node.name for node in ast.walk(ast.parse(examples)) if isinstance(node, ast.ClassDef)}
-    builtins = set(dir(__builtins__)) | set(__builtins__ if isinstance(__builtins__, dict) else ())
-    constants = {"ARGUMENTS", "VARIANTS", "EXPECTED", "IGNORE_INDEX", "PYTHONPATH"}
+    others = own | CONSTANTS | ELSEWHERE | NOT_YET | set(PRESETS)
     for code in CODE.findall(prose(page)):
         if "/" in code:
             continue
         for name, attribute in CLASS.findall(code):
-            if name in own | builtins | constants | ELSEWHERE | NOT_YET | set(PRESETS) or len(name) == 1:
+            if name in others or len(name) == 1:
                 continue
             assert name in known, f"{code}: kdqat has no {name}"
             assert not attribute or hasattr(known[name], attribute[1:]), f"{code}: {name} has no {attribute}"
@@ -118,3 +122,24 @@ def test_classes_that_the_extending_pages_name_exist(page, known):
 
 def test_what_the_pages_say_does_not_exist_yet_does_not(known):
     assert not NOT_YET & set(known), "write its page in docs/extending, and take it out of NOT_YET"
+
+
+def recipe_classes() -> list[type]:
+    """What a recipe can name: the public, concrete classes of the method packages that take arguments from a recipe."""
+    found = {value for package in METHODS for value in vars(package).values() if inspect.isclass(value)}
+    bases = {"BitAllocator", "Callback", "DistillLoss", "Evaluator", "Exporter", "FakeQuantizer", "Initializer"}
+    bases |= {"LRScheduler", "Teacher", "TextData"}
+    concrete = {cls for cls in found if not inspect.isabstract(cls) and bases & {base.__name__ for base in cls.__mro__}}
+    listed = [*concrete, kdqat.TextSource, kdqat.ModelSource, kdqat.Parallel, KDQATModule, QuantSpec]
+    return sorted(listed, key=lambda cls: cls.__name__)
+
+
+@pytest.mark.parametrize("cls", recipe_classes(), ids=lambda cls: cls.__name__)
+def test_every_argument_of_a_recipe_is_documented(cls):
+    pages = ROOT / "docs" / "recipes.md", ROOT / "docs" / "data.md"
+    words = {word for page in pages for code in CODE.findall(prose(page)) for word in re.findall(r"\w+", code)}
+    arguments = set(inspect.signature(cls).parameters) - set(_GIVEN)
+    if cls.__name__ == "ProgressLine":
+        return  # added by itself
+    assert {cls.__name__} - {"KDQATModule", "ModelSource", "Parallel", "TextSource", "QuantSpec"} <= words
+    assert arguments <= words

@@ -154,7 +154,7 @@ def test_a_signal_saves_stops_and_the_resumed_run_ends_with_the_same_bits(
     command.kill(number)
     done = command.wait()
     assert done.code == 128 + number
-    assert "saved; `kdqat fit recipe.yaml --resume` goes on" in done.err and "Traceback" not in done.err
+    assert "saved; `kdqat fit run --resume` goes on" in done.err and "Traceback" not in done.err
     assert not (tmp_path / "run" / "student").exists()
     stopped_at = int(done.err.rpartition("stopped at step ")[2].split(",")[0])
     assert 0 < stopped_at < STEPS
