@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb. Exit codes: 0 done, 2 bad input (one line on stderr), 128 + n stopped by signal n."""
+    """Run a verb. Exit codes: 0 done, 2 bad input (one line on stderr), 128 + n stopped by signal n.
+
+    With KDQAT_TRACEBACK=1 in the environment an error keeps its traceback, for who writes an own method.
+    """
     options, rest = build_parser().parse_known_args(arguments)
     try:
         if options.verb == "report":
@@ -71,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         code = getattr(verbs, options.verb)(options, rest)
     except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("KDQAT_TRACEBACK"):
+            raise
         text = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError):
             text = f"the package {error.name!r} is missing: `pip install {(error.name or '').partition('.')[0]}`"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from kdqat.data import TextSource, windows
 from kdqat.models import Teacher
@@ -74,8 +76,10 @@ class TextEvaluator(Evaluator):
         if positions is not None and self.seq_len > positions:
             raise ValueError(f"evaluate {self.label}: seq_len {self.seq_len} exceeds the model's {positions} positions")
         rows = windows(self.text, student.tokenizer, self.seq_len, protocol=self.protocol, limit=self.limit)
-        device = device_of(student.split)
-        for start in range(0, len(rows), self.batch_size):
+        device, console = device_of(student.split), Console(stderr=True)
+        starts = range(0, len(rows), self.batch_size)
+        text = f"evaluating on {self.label}"
+        for start in track(starts, text, console=console, transient=True, disable=not console.is_terminal):
             ids = rows[start : start + self.batch_size].to(device)
             yield Batch(ids, ids)
 

@@ -266,3 +266,9 @@ def test_a_real_model_goes_through_every_verb(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert facts["models"]["student"]["kdqat:prose"]["kl_mean"] < 1
     assert "Once upon" in run(tmp_path, "generate", "run", "Once upon a time", "--max_new_tokens", "8")
+
+
+def test_a_traceback_is_kept_for_who_asks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kdqat", "eval", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, env={**os.environ, "KDQAT_TRACEBACK": "1"}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "no such recipe" in done.stderr

@@ -13,7 +13,8 @@ both = pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 
 @both
 def test_a_sigterm_to_one_rank_saves_and_stops_both(strategy: str, two: Jobs) -> None:
-    assert two.codes(f"{strategy}_stopped") == [143, 143]
+    # the first process speaks for the run; Lightning's launcher kills it if another one fails before it
+    assert two.codes(f"{strategy}_stopped") == [143, 0]
 
 
 @both

@@ -67,7 +67,10 @@ def test_a_micro_batch_without_labels_changes_nothing() -> None:
 def test_the_log_has_the_mean_over_the_step_not_over_micro_batches() -> None:
     cut = train(make_module(), PARTS, accumulate_grad_batches=2).callback_metrics
     whole = train(make_module(), [joined(PARTS)]).callback_metrics
-    assert float(cut["train/kl"]) == pytest.approx(float(whole["train/kl"]), rel=1e-5)
+    # a KL of 1.6e-4 is what fp32 leaves of differences of log-probabilities near 5; it moves with the thread count
+    assert float(cut["train/kl"]) == pytest.approx(float(whole["train/kl"]), rel=1e-3)
+    means = [float(train(make_module(), [part]).callback_metrics["train/kl"]) for part in PARTS]
+    assert sum(means) / 2 != pytest.approx(float(whole["train/kl"]), rel=5e-3)  # what the wrong mean would give
     assert float(cut["train/loss"]) == pytest.approx(float(cut["train/kl"]))
 
 
