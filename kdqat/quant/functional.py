@@ -27,12 +27,27 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+@torch.library.custom_op("kdqat::round_to_dtype", mutates_args=())
+def _round_to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x on the grid of `dtype`, as fp32. Opaque to torch.compile, whose inductor drops the way to fp16 and back: it
+    keeps fused values in fp32, and the student would train with scales that no file stores."""
+    return x.to(dtype).float()
+
+
+@_round_to_dtype.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x)
+
+
 def round_to_dtype_ste(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x rounded to `dtype`, still fp32, with gradient 1.
 
     Never `x.to(dtype).float()`: autograd casts the gradient too, and in fp16 1e-9 becomes 0 and 1e5 inf.
     """
-    return x if dtype == torch.float32 else x + (x.to(dtype).float() - x).detach()
+    if dtype == torch.float32:
+        return x
+    rounded = _round_to_dtype(x.detach(), dtype) if torch.compiler.is_compiling() else x.detach().to(dtype).float()
+    return x + (rounded - x).detach()
 
 
 def floor_magnitude_ste(scale: Tensor) -> Tensor:
