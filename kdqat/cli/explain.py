@@ -75,6 +75,8 @@ def explain(message: str, parser: Any, methods: Sequence[ModuleType]) -> str:
         return f"{group}: unknown key {option!r}{nearest(option, keys_of(parser, group))}"
     if found := re.search(r"(?:unrecognized arguments|Unrecognized arguments): (--)?(\S+)", message):
         group, _, option = found[2].rpartition(".")
+        if not keys_of(parser, group):  # the section itself is unknown
+            group, option = "", found[2].partition(".")[0]
         return f"unknown argument '--{found[2]}'{nearest(option, keys_of(parser, group))}"
     if found := re.search(r"Key \"?'?([\w.]+)'?\"? is required|arguments are required: (.+)", message):
         return f"{where}the key {(found[1] or found[2]).strip()} is missing"

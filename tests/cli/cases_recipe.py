@@ -6,6 +6,11 @@ from tests.cli.case import AGREEMENT, Case, named, plan, scheme
 from tests.cli.recipes import DROP
 
 KEYS = [
+    Case(
+        "an override of an unknown section",
+        ("--traner.max_steps", "did you mean 'trainer'"),
+        options=("--traner.max_steps", "3"),
+    ),
     Case("an unknown section", ("unknown section 'trainr'", "did you mean 'trainer'"), {"trainr": {}}),
     Case("an unknown key of model", ("quantiser", "did you mean 'quantizer'"), {"model__quantiser": {}}),
     Case("an unknown key of trainer without a value", ("trainer", "'logg'", "'logger'"), {"trainer__logg": {}}),
