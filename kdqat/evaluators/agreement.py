@@ -24,16 +24,18 @@ class Perplexity(TextEvaluator):
 
     @torch.no_grad()
     def evaluate(self, student: Student, teacher: Teacher | None) -> dict[str, float]:
-        ours = theirs = tokens = 0.0
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        tokens = 0
         for batch in self.batches(student):
             labels = batch.input_ids[:, 1:].reshape(-1)
             tokens += labels.numel()
             ours += _nll(student.split(batch), labels)
             if teacher is not None:
                 theirs += _nll(teacher.outputs(batch), labels)
-        numbers = {"perplexity": perplexity(ours, int(tokens)), "tokens": tokens}
+        numbers = {"perplexity": perplexity(_total(ours), tokens), "tokens": float(tokens)}
         if teacher is not None:
-            numbers["teacher_perplexity"] = perplexity(theirs, int(tokens))
+            numbers["teacher_perplexity"] = perplexity(_total(theirs), tokens)
         return numbers
 
 
@@ -49,23 +51,25 @@ class TeacherAgreement(TextEvaluator):
         if teacher is None:
             raise ValueError(f"evaluate {self.label}: TeacherAgreement needs model.teacher; use Perplexity without one")
         kls: list[Tensor] = []
-        agree = ours = theirs = 0.0
+        agree: list[Tensor] = []
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
         for batch in self.batches(student):
             labels = batch.input_ids[:, 1:].reshape(-1)
             answers = student.split(batch), teacher.outputs(batch)
             for s_rows, t_rows, target in zip(*map(_rows, answers), labels.split(CHUNK_TOKENS), strict=True):
                 s_logits, t_logits = answers[0].head(s_rows).float(), answers[1].head(t_rows).float()
-                kls.append(token_kl(t_logits, s_logits).cpu())
-                agree += float(top1_agreement(t_logits, s_logits).sum())
-                ours += float(token_nll(s_logits, target).sum())
-                theirs += float(token_nll(t_logits, target).sum())
-        kl = torch.cat(kls)
+                kls.append(token_kl(t_logits, s_logits))
+                agree.append(top1_agreement(t_logits, s_logits).sum())
+                ours.append(token_nll(s_logits, target).sum())
+                theirs.append(token_nll(t_logits, target).sum())
+        kl = torch.cat(kls).cpu()
         return {
             "kl_mean": float(kl.double().mean()),
             "kl_p95": float(kl.kthvalue(max(1, round(0.95 * len(kl)))).values),
-            "top1": agree / len(kl),
-            "perplexity": perplexity(ours, len(kl)),
-            "teacher_perplexity": perplexity(theirs, len(kl)),
+            "top1": _total(agree) / len(kl),
+            "perplexity": perplexity(_total(ours), len(kl)),
+            "teacher_perplexity": perplexity(_total(theirs), len(kl)),
             "tokens": float(len(kl)),
         }
 
@@ -75,6 +79,12 @@ def _rows(answer: Outputs) -> tuple[Tensor, ...]:
     return answer.hidden[:, :-1].flatten(0, 1).split(CHUNK_TOKENS)
 
 
-def _nll(answer: Outputs, labels: Tensor) -> float:
+def _nll(answer: Outputs, labels: Tensor) -> list[Tensor]:
+    """Summed negative log-likelihood of each chunk."""
     chunks = zip(_rows(answer), labels.split(CHUNK_TOKENS), strict=True)
-    return sum(float(token_nll(answer.head(rows).float(), target).sum()) for rows, target in chunks)
+    return [token_nll(answer.head(rows).float(), target).sum() for rows, target in chunks]
+
+
+def _total(sums: list[Tensor]) -> float:
+    """Sum of 0-D tensors in fp64; they stay on the device until here, where the host waits for them once."""
+    return float(torch.stack(sums).double().sum())

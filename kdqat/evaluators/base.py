@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from kdqat.data import TextSource, windows
 from kdqat.models import Teacher
@@ -65,6 +66,7 @@ class TextEvaluator(Evaluator):
         self.text, self.seq_len, self.protocol = text, seq_len, protocol
         self.limit, self.batch_size = limit, batch_size
         self.label = label or text_name(text)
+        self._cut: tuple[tuple[Any, ...], Tensor] | None = None
 
     def batches(self, student: Student) -> Iterator[Batch]:
         """The windows as batches on the student's device.
@@ -75,13 +77,21 @@ class TextEvaluator(Evaluator):
         positions = getattr(student.model.config, "max_position_embeddings", None)
         if positions is not None and self.seq_len > positions:
             raise ValueError(f"evaluate {self.label}: seq_len {self.seq_len} exceeds the model's {positions} positions")
-        rows = windows(self.text, student.tokenizer, self.seq_len, protocol=self.protocol, limit=self.limit)
+        rows = self._windows(student.tokenizer)
         device, console = device_of(student.split), Console(stderr=True)
         starts = range(0, len(rows), self.batch_size)
         text = f"evaluating on {self.label}"
         for start in track(starts, text, console=console, transient=True, disable=not console.is_terminal):
             ids = rows[start : start + self.batch_size].to(device)
             yield Batch(ids, ids)
+
+    def _windows(self, tokenizer: Any) -> Tensor:
+        """[N, seq_len], cut once for RTN and student, which share a tokenizer."""
+        cut = (tokenizer, self.text, self.seq_len, self.protocol, self.limit)
+        if self._cut is None or self._cut[0] != cut:
+            rows = windows(self.text, tokenizer, self.seq_len, protocol=self.protocol, limit=self.limit)
+            self._cut = (cut, rows)
+        return self._cut[1]
 
 
 def text_name(text: str | TextSource | list[str | TextSource]) -> str:
