@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+EMBEDDING = "embedding"  # role of the input embeddings: they can be planned, and are nobody's matmul
+ROUTER = "router"  # role of what sends tokens to experts: small, and left in full precision
+
 IGNORE_INDEX = -100  # the label of a token that no loss counts; the value transformers uses
 
 
@@ -29,7 +32,9 @@ class Batch(NamedTuple):
 
 
 class QParams(NamedTuple):
-    """Scale and zero point, each [O, N, 1], [O, 1, 1] or [1]: value = scale * (code - zero_point)."""
+    """Scale and zero point, each of `QuantSpec.qparam_shape`: value = scale * (code - zero_point).
+
+    With zero_point="minimum" the zero point is the minimum: value = scale * code + zero_point."""
 
     scale: Tensor
     zero_point: Tensor
@@ -58,10 +63,11 @@ class LossParts(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerRef:
-    """One matmul layer of a model: where it is and what it is for.
+    """One layer of a model: where it is and what it is for.
 
     `block` is the index of its transformer block, None outside the blocks; `role` is one of q k v qkv o gate up
-    down lm_head, or the last part of its name where nothing is known about it.
+    gate_up down router lm_head pooler embedding, or the last part of its name where nothing is known about it. `shape`
+    is that of the weight as a matrix [O, I].
     """
 
     name: str
@@ -72,7 +78,11 @@ class LayerRef:
 
 @dataclass(frozen=True)
 class BlockView:
-    """What an initializer sees: the fake-quantized layers of one transformer block, by full name."""
+    """What an initializer sees: the fake-quantized layers of one transformer block, by full name.
+
+    `call` runs the block on calibration text (kdqat.calibrate.BlockCall); None for an initializer that needs none.
+    """
 
     index: int | None
-    layers: Mapping[str, Any]  # name -> kdqat.quant.linear.FakeQuantLinear
+    layers: Mapping[str, Any]  # name -> kdqat.quant.QuantizedLayer
+    call: Any = None

@@ -1,7 +1,7 @@
 """The coverage guard: which share of a model's matmul weights stays in full precision, and was that meant?
 
-Fused 3-D experts and Conv1D layers are no nn.Linear; quantizers that walk linears skip them in silence and ship a
-"4-bit" model that is mostly bf16. Here everything that is not an embedding, a norm or a bias counts as matmul.
+Fused 3-D experts are no nn.Linear; quantizers that walk linears skip them in silence and ship a "4-bit" model that is
+mostly bf16. Here everything that is not an embedding, a norm or a bias counts as matmul.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from kdqat.quant.linear import FakeQuantLinear
-from kdqat.quant.quantizer import FakeQuantizer
+from kdqat.quant.kinds import matmul_weights
+from kdqat.quant.swap import fake_quant_layers
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,6 @@ class Coverage:
         )
 
 
-def matmul_shape(module: nn.Module) -> tuple[int, ...] | None:
-    """Shape of the matmul weight that `module` itself owns: its largest parameter of 2 or more dimensions.
-
-    None for embeddings (a lookup; an lm_head tied to one is counted as the linear it is), norms and fake quantizers.
-    """
-    if isinstance(module, (nn.Embedding, FakeQuantizer)):
-        return None
-    shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim >= 2]
-    return max(shapes, key=math.prod) if shapes else None
-
-
 def measure_coverage(model: nn.Module, is_ignored: Callable[[str], bool]) -> Coverage:
     """Sort every matmul weight of a swapped model into quantized, ignored and missed.
 
@@ -59,13 +48,15 @@ def measure_coverage(model: nn.Module, is_ignored: Callable[[str], bool]) -> Cov
     quantized = 0
     ignored: dict[str, int] = {}
     missed: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuantLinear) and module.weight_fake_quantizer is not None:
-            quantized += module.weight.numel()
-            continue
-        if matmul_shape(module) is not None:
-            numel = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim >= 2)
-            (ignored if is_ignored(name) else missed)[name] = numel
+    layers = fake_quant_layers(model)
+    for owner, module in model.named_modules():
+        for name, shape in matmul_weights(owner, module).items():
+            if name in layers and layers[name].weight_fake_quantizer is not None:
+                quantized += math.prod(shape)
+            else:  # a module of an unknown kind is one name for all it owns
+                own = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim >= 2)
+                numel = own if name == owner else math.prod(shape)
+                (ignored if is_ignored(name) else missed)[name] = numel
     return Coverage(quantized, ignored, missed)
 
 

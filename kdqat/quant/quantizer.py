@@ -1,4 +1,4 @@
-"""FakeQuantizer: the module that fake-quantizes one weight.
+"""FakeQuantizer: the module that fake-quantizes one tensor, a weight or an activation.
 
 A method writes `qparams`, the scale and zero point it wants; the base rounds them to what the spec stores and uses
 that for the forward pass *and* for the codes an exporter writes, so training and export cannot drift apart.
@@ -10,24 +10,34 @@ All state is allocated in the constructor (strict loading works before the first
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import ClassVar, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from kdqat.quant.functional import STE, fake_quantize, floor_magnitude_ste, quantize, round_ste, round_to_dtype_ste
-from kdqat.quant.grouping import from_groups, to_groups
+from kdqat.quant import scales
+from kdqat.quant.formats import Grid, decode, encode, grid_of
+from kdqat.quant.functional import STE, dequantize, fake_quantize, quantize, replace_ste, round_ste
+from kdqat.quant.grouping import rotate, to_groups
+from kdqat.quant.ranges import choose_qparams
 from kdqat.spec import QuantSpec
 from kdqat.types import QParams
 
 
 class FakeQuantizer(nn.Module, ABC):
-    """Fake quantization of one weight of `shape` [O, I] as `spec` stores it.
+    """Fake quantization of one tensor as `spec` stores it.
+
+    Args:
+        spec: the format contract.
+        shape: of the weight as a matrix [O, I], or [1, I] for activations of I features.
+        ste: how gradients pass rounding; see `functional.fake_quantize`.
 
     Attributes:
         scale, zero_point: fp32, `spec.qparam_shape(shape)`; Parameters where learned, else buffers.
-        qmin, qmax: 0-D fp32 buffers, the codes' range.
+        qmin, qmax: 0-D fp32 buffers, the extreme levels.
+        Minifloats and codebooks have their grid, nested scales their second level in further buffers.
 
     Raises:
         ValueError: if the spec does not fit the shape.
@@ -37,53 +47,85 @@ class FakeQuantizer(nn.Module, ABC):
     zero_point: Tensor
     qmin: Tensor
     qmax: Tensor
+    mantissa_bits: Tensor | None
+    min_exponent: Tensor | None
+    levels: Tensor | None
 
-    ste: ClassVar[STE] = "clipped"
-    uses_stored_qparams: ClassVar[bool] = True  # False: ranges come from the live weight, an initializer's are void
+    uses_stored_qparams: ClassVar[bool] = True  # False: ranges come from the live tensor, an initializer's are void
 
-    def __init__(self, spec: QuantSpec, shape: torch.Size) -> None:
+    def __init__(self, spec: QuantSpec, shape: torch.Size, ste: STE = "clipped") -> None:
         super().__init__()
+        if ste not in get_args(STE):
+            raise ValueError(f"ste {ste!r} is unknown: use {', '.join(get_args(STE))}")
+        if spec.dynamic and self.uses_stored_qparams:
+            raise ValueError(f"{type(self).__name__} stores scales; a spec with dynamic=True needs MinMax")
         self.spec = spec
         self.shape = torch.Size(shape)
+        self.ste: STE = ste
         qparam_shape = spec.qparam_shape(shape)
-        qmin, qmax = spec.qrange()
         self.register_buffer("scale", torch.ones(qparam_shape))
         self.register_buffer("zero_point", torch.zeros(qparam_shape))
-        self.register_buffer("qmin", torch.tensor(float(qmin)))
-        self.register_buffer("qmax", torch.tensor(float(qmax)))
+        grid = grid_of(spec)
+        self._kind, self._offset = grid.kind, grid.offset  # not read off the spec: set_format would recompile
+        self.register_buffer("qmin", grid.low)
+        self.register_buffer("qmax", grid.high)
+        for name in ("mantissa_bits", "min_exponent", "levels"):
+            self.register_buffer(name, getattr(grid, name))
+        second = scales.second_level_shapes(spec.scale_dtype, qparam_shape)
+        self._second_level = tuple(second)
+        for name, second_shape in second.items():
+            self.register_buffer(name, torch.zeros(second_shape) if name == "scale_mean" else torch.ones(second_shape))
 
     @abstractmethod
     def qparams(self, groups: Tensor) -> QParams:
         """Scale and zero point for `groups` [O, N, G], before they are rounded to their stored dtypes."""
 
-    def stored_qparams(self, weight: Tensor) -> QParams:
-        """What is stored for `weight` [O, I]: the scale on scale_dtype's grid, the zero point a code; still fp32."""
-        scale, zero_point = self.qparams(to_groups(weight.float(), self.spec))
-        dtype = getattr(torch, self.spec.scale_dtype)
-        scale = round_to_dtype_ste(floor_magnitude_ste(scale.float()), dtype)
-        if not self.spec.symmetric:
-            zero_point = round_ste(torch.clamp(zero_point.float(), self.qmin, self.qmax))
-        return QParams(scale, zero_point)
+    def initial_qparams(self, groups: Tensor) -> QParams:
+        """Where the RTN initializer starts for `groups` [O, N, G]: the spec's scale rule, or the method's own start."""
+        return choose_qparams(groups, self.grid, self.spec)
 
-    def codes(self, weight: Tensor) -> Tensor:
-        """The codes of `weight` [O, I] as int16 [O, I]: what an exporter packs."""
-        scale, zero_point = self.stored_qparams(weight)
-        groups = to_groups(weight.float(), self.spec)
-        return from_groups(quantize(groups, scale, zero_point, self.qmin, self.qmax)).to(torch.int16)
+    @property
+    def grid(self) -> Grid:
+        """The levels, as tensors on this module's device."""
+        return Grid(self._kind, self.qmin, self.qmax, self._offset, self.mantissa_bits, self.min_exponent, self.levels)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Fake-quantized `weight` [O, I], in its own dtype; computed in fp32."""
-        scale, zero_point = self.stored_qparams(weight)
-        groups = to_groups(weight.float(), self.spec)
-        values = fake_quantize(groups, scale, zero_point, self.qmin, self.qmax, self.ste)
-        return from_groups(values).to(weight.dtype)
+    def stored_qparams(self, tensor: Tensor) -> QParams:
+        """What is stored for `tensor` [.., I]: scale and minimum as they will be read back, or a zero code."""
+        return self._stored(self.groups(tensor))
+
+    def second_level(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The second level of `tensor`'s scales (`scales.fit`); empty where the format has none."""
+        return dict(self._second(self.qparams(self.groups(tensor))))
+
+    def codes(self, tensor: Tensor) -> Tensor:
+        """Storage codes of `tensor` as int16 in its shape (`formats.encode`): what an exporter packs."""
+        groups = self.groups(tensor)
+        return encode(quantize(groups, self._stored(groups), self.grid, self.spec), self.grid).reshape(tensor.shape)
+
+    def values(self, codes: Tensor, qparams: QParams) -> Tensor:
+        """What a reader makes of `codes` and stored qparams: fp32, in the shape of the codes."""
+        levels = to_groups(decode(codes, self.spec), self.spec)
+        return rotate(dequantize(levels, qparams, self.spec).reshape(codes.shape), self.spec.hadamard)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Fake-quantized `tensor` [.., I], in its own dtype; computed in fp32."""
+        groups = self.groups(tensor)
+        values = self.fake_quantize(groups, self._stored(groups)).reshape(tensor.shape)
+        return rotate(values, self.spec.hadamard).to(tensor.dtype)
+
+    def fake_quantize(self, groups: Tensor, qparams: QParams) -> Tensor:
+        """Values of `groups` under stored `qparams`; a quantizer with a gradient of its own overrides it."""
+        return fake_quantize(groups, qparams, self.grid, self.spec, self.ste)
 
     @torch.no_grad()
-    def load_qparams(self, qparams: QParams) -> None:
+    def load_qparams(self, qparams: QParams, second_level: Mapping[str, Tensor] | None = None) -> None:
         """Take over scale and zero point: what an initializer or a saved student brings.
 
+        Args:
+            second_level: as saved; None fits it to these scales.
+
         Raises:
-            ValueError: for another shape, or if this quantizer reads its ranges off the live weight.
+            ValueError: for another shape, or if this quantizer reads its ranges off the live tensor.
         """
         if not self.uses_stored_qparams:
             raise ValueError(
@@ -95,16 +137,85 @@ class FakeQuantizer(nn.Module, ABC):
                 raise ValueError(f"{name} of shape {tuple(given.shape)} given, {tuple(self.scale.shape)} expected")
         self.scale.copy_(qparams.scale)
         self.zero_point.copy_(qparams.zero_point)
+        self.load_second_level(second_level)
+        # the start of training is what `prepared/` would store, whether or not it went through a folder
+        second = {name: getattr(self, name) for name in self._second_level}
+        if self.spec.zero_point == "minimum":
+            self.zero_point.copy_(scales.round_minimum(self.spec.scale_dtype, self.zero_point, second))
+        self.scale.copy_(scales.round_scale(self.spec.scale_dtype, self.scale, second))
+
+    @torch.no_grad()
+    def load_second_level(self, second_level: Mapping[str, Tensor] | None = None) -> None:
+        """Take over a second level, or fit one to the scales there are (None).
+
+        Raises:
+            ValueError: for another shape or a missing tensor.
+        """
+        if second_level is None:
+            second_level = scales.fit(self.spec.scale_dtype, self.scale.detach(), self.zero_point.detach())
+        for name in self._second_level:
+            mine = getattr(self, name)
+            if name not in second_level or second_level[name].shape != mine.shape:
+                raise ValueError(
+                    f"{name} of shape {tuple(mine.shape)} expected for scale_dtype {self.spec.scale_dtype}"
+                )
+            mine.copy_(second_level[name])
 
     @torch.no_grad()
     def set_bits(self, bits: int) -> None:
-        """Change the code range in place; the scale keeps the same real range covered, nothing is reallocated."""
+        """Change the code range in place; the scale keeps the same real range covered, nothing is reallocated.
+
+        Raises:
+            ValueError: for a format that has one width only.
+        """
         qmin, qmax = self.spec.qrange(bits)
+        self._keep_range(qmin, qmax)
+
+    @torch.no_grad()
+    def set_format(self, name: str) -> None:
+        """Change the split of a minifloat's bits in place (e2m1 -> e3m0); the same real range stays covered.
+
+        Raises:
+            ValueError: if this or the new format is no minifloat.
+        """
+        spec = replace(self.spec, format=name)
+        if spec.number.kind != "float" or self.spec.number.kind != "float":
+            raise ValueError(f"set_format changes one minifloat into another, not {self.spec.format} into {name}")
+        assert self.mantissa_bits is not None and self.min_exponent is not None
+        self.mantissa_bits.fill_(spec.number.mantissa_bits)
+        self.min_exponent.fill_(spec.number.min_exponent)
+        self._keep_range(*spec.qrange())
+        self.spec = spec
+
+    def _keep_range(self, qmin: float, qmax: float) -> None:
         ratio = self.qmax / qmax
         self.scale.mul_(ratio)
-        self.zero_point.div_(ratio).round_()
+        if self.spec.zero_point == "integer":
+            self.zero_point.div_(ratio).round_()
         self.qmin.fill_(qmin)
         self.qmax.fill_(qmax)
+        if self.uses_stored_qparams:
+            self.load_second_level()
+
+    def groups(self, tensor: Tensor) -> Tensor:
+        """`tensor` [.., I] as it is rounded: fp32, rotated if the spec says so, [rows, N, G]."""
+        return to_groups(rotate(tensor.float(), self.spec.hadamard), self.spec)
+
+    def _stored(self, groups: Tensor) -> QParams:
+        wanted = self.qparams(groups)
+        scale, zero_point = wanted.scale.float(), wanted.zero_point.float()
+        dtype, second = self.spec.scale_dtype, self._second(wanted)
+        scale = replace_ste(scale, scales.round_scale(dtype, scale.detach(), second))
+        if self.spec.zero_point == "integer":
+            zero_point = round_ste(torch.clamp(zero_point, self.qmin, self.qmax))
+        elif self.spec.zero_point == "minimum":
+            zero_point = replace_ste(zero_point, scales.round_minimum(dtype, zero_point.detach(), second))
+        return QParams(scale, zero_point)
+
+    def _second(self, wanted: QParams) -> Mapping[str, Tensor]:
+        if self.uses_stored_qparams or self.spec.dynamic:  # of dynamic ranges: calibrated, as engines store it
+            return {name: getattr(self, name) for name in self._second_level}
+        return scales.fit(self.spec.scale_dtype, wanted.scale.detach(), wanted.zero_point.detach())
 
     def extra_repr(self) -> str:
         return f"{self.spec.format}, {self.spec.granularity}, group_size={self.spec.group_size}"

@@ -8,18 +8,28 @@ export therefore writes codes and never recomputes them.
 This file imports no torch: `kdqat report` and `kdqat --help` read it too.
 """
 
+from kdqat.spec.formats import NumberFormat, number_format
+from kdqat.spec.layer_scheme import DeployOnly, KVCacheScheme, LayerScheme
+from kdqat.spec.parse import parse_kv_cache, parse_scheme, preset, preset_name
 from kdqat.spec.plan import PLAN_FILE, LayerShape, QuantPlan
-from kdqat.spec.presets import PRESETS, parse_scheme, preset, preset_name
-from kdqat.spec.quant_spec import LayerScheme, QuantSpec, ScaleDtype
+from kdqat.spec.presets import KV_PRESETS, PRESETS
+from kdqat.spec.quant_spec import QuantSpec
+from kdqat.spec.scale_dtype import ScaleDtype
 
 __all__ = [
+    "KV_PRESETS",
     "PLAN_FILE",
     "PRESETS",
+    "DeployOnly",
+    "KVCacheScheme",
     "LayerScheme",
     "LayerShape",
+    "NumberFormat",
     "QuantPlan",
     "QuantSpec",
     "ScaleDtype",
+    "number_format",
+    "parse_kv_cache",
     "parse_scheme",
     "preset",
     "preset_name",

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from kdqat.files import write_text
-from kdqat.spec.presets import parse_scheme, preset_name
-from kdqat.spec.quant_spec import LayerScheme
+from kdqat.spec.layer_scheme import DeployOnly, KVCacheScheme, LayerScheme
+from kdqat.spec.parse import parse_kv_cache, parse_scheme, preset_name
 
 PLAN_FILE = "quant_plan.json"
 
@@ -27,10 +27,28 @@ class LayerShape(Protocol):
 
 @dataclass(frozen=True)
 class QuantPlan(Mapping[str, LayerScheme]):
-    """Layer name -> scheme, for one model; and the matmul layers deliberately left in full precision."""
+    """Layer name -> scheme, for one model.
+
+    Args:
+        layers: the planned layers.
+        ignored: matmul layers deliberately left in full precision.
+        kv_cache: of keys and values after RoPE, in every block.
+        deploy_only: fake quantizers that are off while training and on in evaluation and exports, of "activation",
+            "output" and "kv_cache": train W4A16, deploy W4A4. Weights are the same in both, or codes would differ.
+
+    Raises:
+        ValueError: for an unknown word in deploy_only.
+    """
 
     layers: Mapping[str, LayerScheme]
     ignored: tuple[str, ...] = field(default=())
+    kv_cache: KVCacheScheme | None = None
+    deploy_only: tuple[DeployOnly, ...] = ()
+
+    def __post_init__(self) -> None:
+        for word in self.deploy_only:
+            if word not in get_args(DeployOnly):
+                raise ValueError(f"deploy_only: {word!r} is unknown: use {', '.join(get_args(DeployOnly))}")
 
     def __getitem__(self, name: str) -> LayerScheme:
         return self.layers[name]
@@ -53,7 +71,7 @@ class QuantPlan(Mapping[str, LayerScheme]):
         planned = [(spec, layer.shape) for layer in layers if layer.name in self and (spec := self[layer.name].weight)]
         if not planned:
             raise ValueError("the plan quantizes none of these layers, so it has no average bits")
-        return sum(bits_of(s, shape) for s, shape in planned) / sum(math.prod(shape) for _, shape in planned)
+        return sum(bits_of(spec, shape) for spec, shape in planned) / sum(math.prod(shape) for _, shape in planned)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; equal schemes are written once."""
@@ -65,6 +83,8 @@ class QuantPlan(Mapping[str, LayerScheme]):
             "schemes": {name: asdict(scheme) for scheme, name in names.items()},
             "layers": {layer: names[scheme] for layer, scheme in self.items()},
             "ignored": list(self.ignored),
+            "kv_cache": None if self.kv_cache is None else asdict(self.kv_cache),
+            "deploy_only": list(self.deploy_only),
         }
 
     @classmethod
@@ -80,7 +100,12 @@ class QuantPlan(Mapping[str, LayerScheme]):
         missing = set(data["layers"].values()) - set(schemes)
         if missing:
             raise ValueError(f"the plan's layers name schemes it does not define: {sorted(missing)}")
-        return cls({n: schemes[s] for n, s in data["layers"].items()}, tuple(data.get("ignored", ())))
+        return cls(
+            {n: schemes[s] for n, s in data["layers"].items()},
+            tuple(data.get("ignored", ())),
+            None if data.get("kv_cache") is None else parse_kv_cache(data["kv_cache"]),
+            tuple(data.get("deploy_only", ())),
+        )
 
     def save(self, path: Path) -> None:
         """Write JSON to `path` (a file, or a folder that gets `quant_plan.json`), whole or not at all."""

@@ -10,8 +10,7 @@ from kdqat.allocate import Uniform
 from kdqat.initializers import RTN
 from kdqat.models import ModelSource, layer_refs
 from kdqat.models.toy import toy_model
-from kdqat.quant import LSQ, apply_plan, measure_coverage, require_coverage
-from kdqat.quant.coverage import matmul_shape
+from kdqat.quant import LSQ, FakeQuantConv1D, apply_plan, matmul_weights, measure_coverage, require_coverage
 from kdqat.spec import LayerScheme, QuantPlan
 from kdqat.student import prepare_student
 from tests.quant.specs import make_spec
@@ -28,16 +27,17 @@ class Experts(nn.Module):
 
 
 def test_a_matmul_weight_is_everything_but_embeddings_norms_biases_and_scales():
-    assert matmul_shape(nn.Linear(3, 5)) == (5, 3)
-    assert matmul_shape(Experts()) == (2, 8, 16)
-    assert matmul_shape(nn.Conv2d(3, 4, 2)) == (4, 3, 2, 2)
+    assert matmul_weights("a.b", nn.Linear(3, 5)) == {"a.b": (5, 3)}
+    assert matmul_weights("a.b", nn.Conv2d(3, 4, 2)) == {"a.b": (4, 12)}  # as a matrix
+    assert matmul_weights("a.b", Experts()) == {"a.b": (2, 8, 16)}  # of no known kind: in its own shape
+    assert matmul_weights("", nn.Linear(3, 5)) == {"": (5, 3)}
     for module in (
         nn.Embedding(9, 4),
         nn.LayerNorm(4),
         LSQ(W4.weight, torch.Size((8, 8))),
         nn.Sequential(nn.Linear(3, 5)),
     ):
-        assert matmul_shape(module) is None
+        assert matmul_weights("a", module) == {}
 
 
 def test_weights_are_sorted_into_quantized_ignored_and_missed_and_counted():
@@ -72,9 +72,13 @@ def test_a_head_is_counted_once_as_the_linear_it_is_tied_or_not(tie):
     assert coverage.ignored == {"lm_head": 260 * 64} and not coverage.missed
 
 
-def test_gpt2s_conv1d_layers_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"'transformer\.h\.0\.attn\.c_attn' is a Conv1D; only nn\.Linear"):
-        prepare_student(ModelSource("toy:gpt2"), Uniform("W4A16"), LSQ, RTN())
+def test_gpt2s_conv1d_layers_are_quantized_as_the_transposed_linears_they_are():
+    student = prepare_student(ModelSource("toy:gpt2"), Uniform("W4A16_G32"), LSQ, RTN())
+    assert len(student.layers) == 8 and all(type(layer) is FakeQuantConv1D for layer in student.layers.values())
+    assert student.coverage.quantized == 2 * (64 * 192 + 64 * 64 + 2 * 64 * 128) and not student.coverage.missed
+    layer = student.layers["transformer.h.0.attn.c_attn"]
+    assert layer.weight.shape == (64, 192) and layer.matrix_shape == (192, 64)
+    assert layer.weight_fake_quantizer.scale.shape == (192, 2, 1)  # groups of inputs, not of outputs
 
 
 def test_conv1d_layers_can_be_ignored_on_purpose_and_are_then_counted():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdqat.quant import LSQ, Fixed, MinMax
+from kdqat.quant import LSQ, SEQ, AIMETRange, Fixed, MinMax, QuEST
+from kdqat.spec import QuantSpec
 from kdqat.types import QParams
 from tests.quant.specs import make_spec
 
@@ -71,3 +72,50 @@ def test_a_learned_zero_point_gets_the_gradient_of_clipped_weights():
     torch.testing.assert_close(w_hat, torch.tensor(W_HAT))
     assert quantizer.zero_point.grad.item() == pytest.approx(-0.1 * (1 + 3) / (5 * 15) ** 0.5, rel=1e-5)
     assert quantizer.scale.grad.item() == pytest.approx(12.6 / (5 * 15) ** 0.5, rel=1e-5)
+
+
+def test_aimets_learned_range_has_gradients_of_its_own():
+    """-1 ... theta_max = 0.7 with step 0.1: dW of 0.9 and -1 is 0; d theta_max = ds / 7."""
+    w_hat, dw, ds = backward(AIMETRange(make_spec(4), torch.Size((1, 5))))
+    torch.testing.assert_close(w_hat, torch.tensor(W_HAT))
+    torch.testing.assert_close(dw, torch.tensor([[0.0, -2.0, 0.5, 1.0, 0.0]]))
+    assert ds.item() / 7 == pytest.approx(1.8, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "scale", "expected"),
+    [
+        (QuantSpec(format="int2", zero_point="half"), 1 / 2, [-0.75] * 3 + [-0.25] + [0.25] * 3 + [0.75] * 3),
+        (QuantSpec(format="ternary"), 2 / 3, [-2 / 3] * 3 + [0.0] * 3 + [2 / 3] * 4),
+        (QuantSpec(format="binary", zero_point="half"), 2.0, [-1.0] * 4 + [1.0] * 6),
+    ],
+    ids=["2 bits", "ternary", "binary"],
+)
+def test_seq_rounds_to_the_papers_levels_with_alpha_of_one(spec, scale, expected):
+    weight = torch.tensor([[-1, -0.6, -0.5, -0.3, 0, 0.1, 0.5, 0.51, 0.9, 1]])
+    quantizer = SEQ(spec, weight.shape)
+    quantizer.load_qparams(QParams(torch.full((1, 1, 1), scale), torch.zeros(1, 1, 1)))
+    torch.testing.assert_close(quantizer(weight), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize(
+    ("format", "step", "trust"),
+    [
+        ("binary", 1.595769, 0.797885),
+        ("int2", 0.995690, 0.497845),
+        ("int3", 0.586020, 0.293010),
+        ("int4", 0.335191, 0.167595),
+    ],
+)
+def test_quest_takes_its_step_from_the_rms_and_trusts_half_of_it(format, step, trust):
+    """Of an RMS of 1; `far` lies beyond the grid by a little less, or more, than half a step."""
+    spec = QuantSpec(format=format, zero_point="half", scale_rule="gaussian")
+    quantizer = QuEST(spec, torch.Size((1, 512)))
+    end = quantizer.qmax.item() * step
+    for far, gradient in ((end + 0.99 * trust, 1.0), (end + 1.01 * trust, 0.0)):
+        rest = ((512 - far**2) / 511) ** 0.5
+        weight = torch.cat((torch.tensor([[far]]), torch.full((1, 511), rest)), 1).requires_grad_()
+        w_hat = quantizer(weight)
+        w_hat.sum().backward()
+        assert quantizer.stored_qparams(weight).scale.item() == pytest.approx(step, rel=1e-5)
+        assert w_hat[0, 0].item() == pytest.approx(end, rel=1e-5) and weight.grad[0, 0] == gradient

@@ -20,7 +20,7 @@ W4 = LayerScheme(weight=make_spec(4, scale_dtype="float16"))
 
 def make_layer(scheme: LayerScheme = W4, quantizer=LSQ, **kwargs) -> FakeQuantLinear:
     torch.manual_seed(0)
-    layer = FakeQuantLinear.from_linear(nn.Linear(16, 8, **kwargs), scheme, quantizer)
+    layer = FakeQuantLinear.wrap(nn.Linear(16, 8, **kwargs), scheme, quantizer)
     RTN().initialize(BlockView(0, {"layer": layer}))
     return layer
 
@@ -34,11 +34,11 @@ def test_it_keeps_the_keys_of_a_linear_and_adds_only_the_quantizers_own():
 
 def test_it_takes_over_the_parameter_objects_mode_and_device():
     linear = nn.Linear(16, 8).eval()
-    layer = FakeQuantLinear.from_linear(linear, W4, LSQ)
+    layer = FakeQuantLinear.wrap(linear, W4, LSQ)
     assert layer.weight is linear.weight and layer.bias is linear.bias
     assert not layer.training and not layer.weight_fake_quantizer.training
     assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (16, 8)
-    on_meta = FakeQuantLinear.from_linear(nn.Linear(16, 8, device="meta"), W4, LSQ)
+    on_meta = FakeQuantLinear.wrap(nn.Linear(16, 8, device="meta"), W4, LSQ)
     assert {tensor.device.type for tensor in on_meta.state_dict().values()} == {"meta"}
 
 
@@ -60,7 +60,7 @@ def test_its_output_uses_the_fake_quantized_weight_and_not_the_latent_one():
 @pytest.mark.parametrize("quantizer", [LSQ, MinMax])
 def test_the_plain_linear_made_of_it_gives_the_same_output_bit_for_bit(bias, quantizer):
     layer, x = make_layer(quantizer=quantizer, bias=bias), torch.randn(5, 16)
-    linear = layer.to_linear()
+    linear = layer.unwrap()
     assert type(linear) is nn.Linear and set(linear.state_dict()) == {"weight", *(["bias"] if bias else [])}
     assert torch.equal(linear(x), layer(x))
     assert all(row.unique().numel() <= 16 for row in linear.weight)
@@ -86,6 +86,6 @@ def test_under_bf16_autocast_the_output_is_bf16_and_the_grid_is_still_computed_i
 
 
 def test_a_bf16_weight_stays_bf16_outside():
-    layer = FakeQuantLinear.from_linear(nn.Linear(16, 8, dtype=torch.bfloat16), preset("W4A16"), MinMax)
+    layer = FakeQuantLinear.wrap(nn.Linear(16, 8, dtype=torch.bfloat16), preset("W4A16"), MinMax)
     assert layer.fake_quantized_weight().dtype == torch.bfloat16
     assert layer(torch.randn(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -26,13 +26,21 @@ def test_codes_survive_quantize_dequantize_quantize_with_stored_qparams(spec):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_the_scale_in_the_forward_pass_is_the_one_that_is_stored(dtype):
     spec = make_spec(4, scale_dtype=dtype)
-    quantizer = fixed(spec, SHAPE, torch.full((8, 1, 1), 0.0123456))
+    quantizer = fixed(spec, SHAPE, 1.0)
+    quantizer.scale.fill_(0.0123456)  # as a step of training leaves it: loading would round it
     stored = quantizer.stored_qparams(torch.randn(SHAPE)).scale
     assert stored.dtype == torch.float32
     assert torch.equal(stored, quantizer.scale.to(getattr(torch, dtype)).float())
     values = quantizer(torch.full(SHAPE, 0.0123))
     assert torch.equal(values, stored.reshape(8, 1).expand(SHAPE))
     assert (dtype == "float32") == torch.equal(values[0, :1], quantizer.scale.flatten()[:1])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_loaded_scale_is_rounded_at_once_so_that_training_starts_from_what_is_stored(dtype):
+    quantizer = fixed(make_spec(4, scale_dtype=dtype), SHAPE, 0.0123456)
+    rounded = torch.full((8, 1, 1), 0.0123456).to(getattr(torch, dtype)).float()
+    assert torch.equal(quantizer.scale, rounded) and not (rounded == 0.0123456).any()
 
 
 def test_a_learned_zero_point_is_stored_as_one_of_the_codes():
@@ -46,7 +54,7 @@ def test_a_learned_zero_point_is_stored_as_one_of_the_codes():
 def test_a_learned_scale_that_reaches_zero_or_turns_negative_stays_finite():
     quantizer = LSQ(make_spec(4, scale_dtype="float16"), SHAPE)
     scales = torch.tensor([0.0, 1e-30, -1e-30, -0.5, 0.5, 1e-6, -1e-6, -0.0])
-    quantizer.load_qparams(QParams(scales.reshape(8, 1, 1), torch.zeros(8, 1, 1)))
+    quantizer.scale.data.copy_(scales.reshape(8, 1, 1))
     weight = torch.ones(SHAPE, requires_grad=True)
     values = quantizer(weight)
     values.sum().backward()

@@ -60,12 +60,15 @@ def unchanged(model: Tied) -> bool:
     ("plan", "message"),
     [
         ({"mlp.0": W4, "mlp.7": W4}, "no layer 'mlp.7'; was the plan made for another model"),
-        ({"mlp.0": W4, "mlp.1": W4}, "'mlp.1' is a GELU; only nn.Linear"),
-        ({"mlp.0": W4, "embed": W4}, "'embed' is a Embedding; only nn.Linear"),
+        (
+            {"mlp.0": W4, "mlp.1": W4},
+            "layer mlp.1: it is a GELU; linear layers, Conv1D, Conv2d, embeddings and the experts",
+        ),
+        ({"mlp.0": W4, "embed": W4}, "layer embed: its weight is tied to head, which stays in full precision"),
         ({"mlp.0": W4, "mlp.2": preset("W4A16_G32")}, "layer mlp.2: group_size 32 does not divide input width 24: use"),
         ({"mlp.0": W4, "head": W4}, "layer head: its weight is tied to embed, which stays in full precision"),
     ],
-    ids=["unknown", "no linear", "embedding", "group size", "half-tied"],
+    ids=["unknown", "no weight", "half-tied embedding", "group size", "half-tied head"],
 )
 def test_a_plan_that_does_not_fit_names_the_layer_and_leaves_the_model_untouched(plan, message):
     model = Tied()
@@ -101,10 +104,21 @@ def test_two_tied_linears_go_together_or_not_at_all():
             apply_plan(tied_pair(), QuantPlan(half), LSQ)
 
 
+def test_an_embedding_and_the_head_tied_to_it_are_quantized_together_with_one_quantizer():
+    model = apply_plan(Tied(), QuantPlan({"embed": W4, "head": W4}), LSQ)
+    assert model.embed.weight is model.head.weight
+    assert model.embed.weight_fake_quantizer is model.head.weight_fake_quantizer
+    assert torch.equal(model.embed(IDS), model.head.fake_quantized_weight())
+    plain = strip_fake_quant(model)
+    assert type(plain.embed) is nn.Embedding and plain.embed.weight is plain.head.weight
+    with pytest.raises(ValueError, match="both must have the same weight scheme"):
+        apply_plan(Tied(), QuantPlan({"embed": W4, "head": ASYM}), LSQ)
+
+
 def test_applying_a_plan_twice_is_refused_and_stripping_first_is_the_remedy():
     model = apply_plan(Tied(), QuantPlan({"mlp.0": W4}), MinMax)
     layer = model.mlp[0]
-    with pytest.raises(ValueError, match=r"'mlp\.0' is fake-quantized already; strip_fake_quant first"):
+    with pytest.raises(ValueError, match=r"layer mlp\.0: it is fake-quantized already; strip_fake_quant first"):
         apply_plan(model, QuantPlan({"mlp.2": W4, "mlp.0": W4}), MinMax)
     assert model.mlp[0] is layer and list(fake_quant_layers(model)) == ["mlp.0"]
     apply_plan(strip_fake_quant(model), QuantPlan({"mlp.0": W4}), MinMax)

@@ -60,5 +60,5 @@ def test_lsq_with_torchaos_scales_gives_torchaos_values_bit_for_bit(spec):
     quantizer.load_qparams(QParams(scale.reshape(shape), zero_point.reshape(shape).float()))
     assert torch.equal(quantizer(weight), values)
     groups = to_groups(weight, spec)
-    mine = quantize(groups, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax)
+    mine = quantize(groups, QParams(quantizer.scale, quantizer.zero_point), quantizer.grid, spec)
     assert torch.equal(from_groups(mine).int(), codes)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kdqat.spec import PLAN_FILE, LayerScheme, QuantPlan, QuantSpec, preset
+from kdqat.spec import PLAN_FILE, KVCacheScheme, LayerScheme, QuantPlan, QuantSpec, parse_kv_cache, preset
 from kdqat.types import LayerRef
 
 ODD = LayerScheme(weight=QuantSpec(format="int5", granularity="tensor", scale_rule="signed_max"))
@@ -31,6 +31,44 @@ def test_a_plan_is_a_mapping_in_its_own_order():
 def test_a_plan_survives_json():
     again = QuantPlan.from_json(json.loads(json.dumps(PLAN.to_json())))
     assert again == PLAN and list(again) == list(PLAN) and again.ignored == ("head", "e")
+
+
+LEVELS = QuantSpec(format="codebook", levels=(-1.0, -0.25, 0.0, 0.5, 1.0), granularity="group", group_size=16)
+HEADS = QuantSpec(format="int4", granularity="feature", hadamard=32)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        QuantPlan({"a": preset("W4A8"), "b": preset("NVFP4"), "c": preset("W8A8_STATIC")}),
+        QuantPlan({"a": LayerScheme(weight=LEVELS), "b": LayerScheme(weight=LEVELS, output=HEADS)}),
+        QuantPlan({"a": preset("W4A16")}, kv_cache=parse_kv_cache("KV4")),
+        QuantPlan({"a": preset("W4A16")}, kv_cache=KVCacheScheme(key=HEADS), deploy_only=("kv_cache",)),
+        QuantPlan({"a": preset("W4A4")}, ("head",), None, ("activation", "output", "kv_cache")),
+    ],
+    ids=["activations", "levels", "kv preset", "keys only", "deploy only"],
+)
+def test_everything_a_plan_can_say_survives_json_and_disk(plan, tmp_path):
+    assert QuantPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    plan.save(tmp_path)
+    again = QuantPlan.load(tmp_path)
+    assert again == plan and (again.kv_cache, again.deploy_only) == (plan.kv_cache, plan.deploy_only)
+    assert all(again[name].weight == plan[name].weight for name in plan)
+
+
+def test_a_plan_written_before_there_were_caches_still_loads():
+    data = PLAN.to_json()
+    del data["kv_cache"], data["deploy_only"]
+    assert QuantPlan.from_json(data) == PLAN
+
+
+def test_an_unknown_word_in_deploy_only_is_refused_also_when_it_comes_from_json():
+    data = QuantPlan({"a": preset("W4A4")}).to_json()
+    for word in ("weight", "kv"):
+        with pytest.raises(ValueError, match=f"deploy_only: '{word}' is unknown: use activation, output, kv_cache"):
+            QuantPlan({"a": preset("W4A4")}, deploy_only=(word,))
+        with pytest.raises(ValueError, match=f"deploy_only: '{word}' is unknown"):
+            QuantPlan.from_json({**data, "deploy_only": [word]})
 
 
 def test_equal_schemes_are_written_once_and_known_ones_by_their_name():

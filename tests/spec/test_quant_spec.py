@@ -11,6 +11,7 @@ from kdqat.spec import LayerScheme, QuantSpec
 
 GROUP = {"format": "int4", "granularity": "group"}
 ASYM = {"symmetric": False, "zero_point": "integer"}
+MINIMUM = {"symmetric": False, "zero_point": "minimum"}
 
 
 @pytest.mark.parametrize(
@@ -21,11 +22,11 @@ ASYM = {"symmetric": False, "zero_point": "integer"}
         ({"format": "INT4"}, "use int1 ... int8"),
         ({"format": "int4 "}, "use int1 ... int8"),
         ({"format": "int42"}, "use int1 ... int8"),
-        ({"format": 4}, "use int1 ... int8"),
-        ({"format": "int4", "granularity": "token"}, "use tensor, channel, group"),
+        ({"format": 4}, "use a name such as int4"),
+        ({"format": "int4", "granularity": "row"}, "use tensor, channel, group, token, feature"),
         ({"format": "int4", "scale_rule": "mse"}, "use absmax, absmax_half, signed_max"),
         ({"format": "int4", "scale_dtype": "float64"}, "use float32, float16, bfloat16"),
-        ({"format": "int4", "zero_point": "float", "symmetric": False}, "use none, integer"),
+        ({"format": "int4", "zero_point": "float", "symmetric": False}, "use none, half, integer, minimum"),
         (GROUP, "group_size goes with granularity='group', and only with it"),
         ({"format": "int4", "group_size": 32}, "group_size goes with granularity='group', and only with it"),
         (
@@ -35,11 +36,11 @@ ASYM = {"symmetric": False, "zero_point": "integer"}
         ({**GROUP, "group_size": 0}, "at least 1"),
         ({**GROUP, "group_size": -1}, "at least 1"),
         ({**GROUP, "group_size": "64"}, "whole number"),
-        ({"format": "int4", "symmetric": False}, "symmetric=False with zero_point='integer'"),
-        ({"format": "int4", "zero_point": "integer"}, "symmetric=True goes with zero_point='none'"),
+        ({"format": "int4", "symmetric": False}, "symmetric=False with 'integer' or 'minimum'"),
+        ({"format": "int4", "zero_point": "integer"}, "symmetric=True goes with zero_point 'none' or 'half'"),
         ({"format": "int4", "scale_rule": "absmax_half", **ASYM}, "needs symmetric=True"),
         ({"format": "int4", "scale_rule": "signed_max", **ASYM}, "needs symmetric=True"),
-        ({"format": "int1"}, "use symmetric=False with zero_point='integer'"),
+        ({"format": "int1"}, "use format binary, or symmetric=False"),
     ],
     ids=str,
 )
@@ -106,6 +107,29 @@ def test_the_code_range_uses_every_code_of_its_width(bits, symmetric, expected):
     assert expected[1] - expected[0] + 1 == 2**bits
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"format": "int4", "narrow": True}, (-7, 7)),
+        ({"format": "int8", "narrow": True}, (-127, 127)),
+        ({"format": "int2", "zero_point": "half"}, (-1.5, 1.5)),
+        ({"format": "int1", "zero_point": "half"}, (-0.5, 0.5)),
+        ({"format": "int4", "symmetric": False, "zero_point": "minimum"}, (0, 15)),
+        ({"format": "ternary"}, (-1, 1)),
+        ({"format": "binary", "zero_point": "half"}, (-0.5, 0.5)),
+        ({"format": "e2m1"}, (-6, 6)),
+        ({"format": "e4m3"}, (-448, 448)),
+        ({"format": "e4m3_finite"}, (-480, 480)),
+        ({"format": "e5m2"}, (-57344, 57344)),
+        ({"format": "nf4"}, (-1, 1)),
+        ({"format": "codebook", "levels": [-0.5, 0, 2]}, (-0.5, 2)),
+    ],
+    ids=str,
+)
+def test_the_range_goes_from_the_lowest_to_the_highest_level(fields, expected):
+    assert QuantSpec(**fields).qrange() == expected
+
+
 @pytest.mark.parametrize("bits", [0, 9, -1])
 def test_a_width_that_no_integer_format_has_gives_no_range(bits):
     with pytest.raises(ValueError, match="1 to 8"):
@@ -143,6 +167,12 @@ def test_a_group_size_that_does_not_divide_is_refused_and_the_message_names_thos
         ({**GROUP, "group_size": 32, "scale_dtype": "float16"}, 8 * 64 * 4 + 16 * 16),
         ({**GROUP, "group_size": 32, "scale_dtype": "float16", **ASYM}, 8 * 64 * 4 + 16 * (16 + 4)),
         ({**GROUP, "format": "int2", "group_size": 16, **ASYM}, 8 * 64 * 2 + 32 * (32 + 2)),
+        ({**GROUP, "group_size": 32, "scale_dtype": "float16", **MINIMUM}, 8 * 64 * 4 + 16 * (16 + 16)),
+        ({**GROUP, "format": "e2m1", "group_size": 32, "scale_dtype": "e8m0"}, 8 * 64 * 4 + 16 * 8),
+        ({**GROUP, "format": "e2m1", "group_size": 16, "scale_dtype": "e4m3_global"}, 8 * 64 * 4 + 32 * 8 + 32),
+        ({**GROUP, "format": "nf4", "group_size": 64, "scale_dtype": "double"}, 8 * 64 * 4 + 8 * 8 + 32 + 32),
+        ({**GROUP, "group_size": 8, "scale_dtype": "k6", **MINIMUM}, 8 * 64 * 4 + 64 * 12 + 8 * 32),
+        ({"format": "ternary", "scale_dtype": "float16"}, 8 * 64 * 8 / 5 + 8 * 16),
     ],
     ids=str,
 )

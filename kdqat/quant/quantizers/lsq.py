@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kdqat.quant.functional import STE
 from kdqat.quant.quantizer import FakeQuantizer
 from kdqat.spec import QuantSpec
 from kdqat.types import QParams
@@ -27,6 +28,7 @@ class LSQ(FakeQuantizer):
         learn_zero_point: train the zero point of an asymmetric spec; it is stored rounded to a code.
         gradient_scale: N in 1/sqrt(N * qmax): "shared" counts the weights that share a scale, "layer" the weights
             of the whole layer (as ParetoQ's code does), "none" leaves the gradient alone.
+        ste: "clipped" is the paper's.
 
     Raises:
         ValueError: if learn_zero_point is asked of a symmetric spec.
@@ -38,8 +40,9 @@ class LSQ(FakeQuantizer):
         shape: torch.Size,
         learn_zero_point: bool = False,
         gradient_scale: Literal["shared", "layer", "none"] = "shared",
+        ste: STE = "clipped",
     ) -> None:
-        super().__init__(spec, shape)
+        super().__init__(spec, shape, ste)
         if learn_zero_point and spec.symmetric:
             raise ValueError("learn_zero_point=True needs a spec with symmetric=False, e.g. W4A16_ASYM_G64")
         if gradient_scale not in ("shared", "layer", "none"):

@@ -1,0 +1,169 @@
+"""What all fake-quantized layers share: the quantizers they carry, and the way in and out of the plain layer.
+
+A subclass of the plain layer that keeps its parameter names, not a parametrization or a tensor subclass: the student's
+keys stay the HF keys plus `*_fake_quantizer.*`, peft attaches, `save_pretrained` reloads in plain transformers
+(docs/architecture.md, decision 3). Kinds of layers (`linear.py`, `conv.py` ...) say how their weight is a matrix [O, I]
+and what they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from kdqat.quant.quantizer import FakeQuantizer, QuantizerFactory
+from kdqat.quant.quantizers.lsq_plus import LSQPlus
+from kdqat.quant.quantizers.minmax import MinMax
+from kdqat.spec import LayerScheme, QuantSpec
+
+
+def default_activation_quantizer(spec: QuantSpec, shape: torch.Size) -> FakeQuantizer:
+    """MinMax for dynamic ranges, LSQPlus for static ones."""
+    return MinMax(spec, shape) if spec.dynamic else LSQPlus(spec, shape)
+
+
+def make_activation_quantizer(
+    key: str, spec: QuantSpec | None, width: int, factory: QuantizerFactory, rests: bool
+) -> FakeQuantizer | None:
+    """What `factory` makes for activations of `width` features; None where there is no spec.
+
+    Args:
+        key: names it in errors.
+        rests: off while training, so nothing of it learns: DDP waits for the gradient of all that could have one.
+
+    Raises:
+        ValueError: naming `key`, if the spec does not fit, or is static and the quantizer has no range to store.
+    """
+    if spec is None:
+        return None
+    try:
+        quantizer = factory(spec, torch.Size((1, width)))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    if not spec.dynamic and not quantizer.uses_stored_qparams:
+        raise ValueError(
+            f"{key}: {type(quantizer).__name__} takes its range from the live tensor, so that a static range "
+            "(dynamic: false) would be stored from nothing: use LSQPlus or Fixed as activation_quantizer, or set "
+            "dynamic: true"
+        )
+    return quantizer.requires_grad_(not rests)
+
+
+class FakeQuantLayer(nn.Module):
+    """A layer whose weight, input and output pass fake quantizers, where its scheme asks for them.
+
+    Attributes:
+        weight: the latent weight, in the plain layer's own shape.
+        weight_fake_quantizer, activation_fake_quantizer, output_fake_quantizer: None where the scheme has no spec.
+        fake_quantize: False switches the layer to full precision (see `swap.full_precision`).
+        deploy_only: of "activation" and "output": off in training mode, on in evaluation.
+        wrapped_class: the plain layer's class.
+    """
+
+    plain_class: ClassVar[type[nn.Module]]
+
+    wrapped_class: type[nn.Module]
+    weight: Any  # the plain layer's Parameter
+    weight_fake_quantizer: FakeQuantizer | None
+    activation_fake_quantizer: FakeQuantizer | None
+    output_fake_quantizer: FakeQuantizer | None
+    fake_quantize: bool
+    deploy_only: frozenset[str]
+
+    @classmethod
+    def wraps(cls, module: nn.Module) -> bool:
+        """Whether this is the kind of layer for `module`: its plain class, with its own forward."""
+        return isinstance(module, cls.plain_class) and type(module).forward is cls.plain_class.forward
+
+    @classmethod
+    def wrap(
+        cls,
+        module: nn.Module,
+        scheme: LayerScheme,
+        quantizer: QuantizerFactory,
+        activation_quantizer: QuantizerFactory = default_activation_quantizer,
+        deploy_only: Collection[str] = (),
+    ) -> Self:
+        """`module` with fake quantizers, reusing its Parameter objects, so that tied weights stay tied.
+
+        Raises:
+            ValueError: if a spec does not fit the layer, or the layer cannot do what the scheme asks.
+        """
+        layer = twin(module, cls)
+        layer.wrapped_class = type(module)
+        layer.fake_quantize = True
+        layer.deploy_only = frozenset(deploy_only)
+        rows, width = layer.matrix_shape
+        with torch.device(layer.weight.device):
+            layer.weight_fake_quantizer = scheme.weight and quantizer(scheme.weight, torch.Size((rows, width)))
+            layer.activation_fake_quantizer = make_activation_quantizer(
+                "activation", scheme.activation, layer.input_width, activation_quantizer, "activation" in deploy_only
+            )
+            layer.output_fake_quantizer = make_activation_quantizer(
+                "output", scheme.output, rows, activation_quantizer, "output" in deploy_only
+            )
+        return layer.train(module.training)
+
+    def unwrap(self) -> nn.Module:
+        """The plain layer, holding the fake-quantized weight; quantized activations are lost."""
+        plain = twin(self, self.wrapped_class)
+        for name in ("weight_fake_quantizer", "activation_fake_quantizer", "output_fake_quantizer"):
+            plain._modules.pop(name, None)  # a quantizer
+            plain.__dict__.pop(name, None)  # or None
+        del plain.wrapped_class, plain.fake_quantize, plain.deploy_only
+        plain.weight = nn.Parameter(self.fake_quantized_weight().detach().clone())
+        return plain
+
+    @property
+    def matrix_shape(self) -> torch.Size:
+        """Shape (O, I) of the weight as a matrix; I inputs share a group."""
+        return self.as_matrix(self.weight).shape
+
+    @property
+    def input_width(self) -> int:
+        """Features of the layer's input, along its last dimension."""
+        return int(self.matrix_shape[1])
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The weight as [O, I]."""
+        return weight
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Inverse of `as_matrix`."""
+        return matrix
+
+    def replace_quantizers(self, **quantizers: FakeQuantizer | None) -> None:
+        """Exchange fake quantizers by kind: weight=, activation=, output=."""
+        for kind, quantizer in quantizers.items():
+            setattr(self, f"{kind}_fake_quantizer", quantizer)
+
+    def fake_quantized_weight(self) -> Tensor:
+        """The weight as the layer computes with it, in its own shape, differentiable."""
+        if self.weight_fake_quantizer is None or not self.fake_quantize:
+            return self.weight
+        return self.from_matrix(self.weight_fake_quantizer(self.as_matrix(self.weight)))
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input [.., I] as the layer computes with it."""
+        return self._pass(x, self.activation_fake_quantizer, "activation")
+
+    def quantized_output(self, y: Tensor) -> Tensor:
+        """The output [.., O] as the rest of the model sees it."""
+        return self._pass(y, self.output_fake_quantizer, "output")
+
+    def _pass(self, x: Tensor, quantizer: FakeQuantizer | None, kind: str) -> Tensor:
+        if quantizer is None or not self.fake_quantize or (self.training and kind in self.deploy_only):
+            return x
+        return quantizer(x)
+
+
+def twin(module: nn.Module, cls: Any) -> Any:
+    """An instance of `cls` with the attributes of `module`: the same Parameter objects in dictionaries of its own."""
+    twin = cls.__new__(cls)
+    twin.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[name] = dict(module.__dict__[name])
+    return twin
