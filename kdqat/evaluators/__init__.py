@@ -1,6 +1,7 @@
-"""What a student is worth: agreement with its teacher and perplexity."""
+"""What a student is worth: agreement with its teacher, perplexity, and embeddings of sentences."""
 
 from kdqat.evaluators.agreement import Perplexity, TeacherAgreement
 from kdqat.evaluators.base import Evaluator, TextEvaluator, device_of
+from kdqat.evaluators.embeddings import EmbeddingAgreement
 
-__all__ = ["Evaluator", "Perplexity", "TeacherAgreement", "TextEvaluator", "device_of"]
+__all__ = ["EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement", "TextEvaluator", "device_of"]

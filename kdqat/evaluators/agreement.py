@@ -13,6 +13,7 @@ from torch import Tensor
 from kdqat.evaluators.base import TextEvaluator
 from kdqat.metrics import perplexity, token_kl, token_nll, top1_agreement
 from kdqat.models import Teacher
+from kdqat.models.split import NO_HEAD
 from kdqat.student import Student
 from kdqat.types import Outputs
 
@@ -24,6 +25,7 @@ class Perplexity(TextEvaluator):
 
     @torch.no_grad()
     def evaluate(self, student: Student, teacher: Teacher | None) -> dict[str, float]:
+        _require_head(self, student)
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         tokens = 0
@@ -48,6 +50,7 @@ class TeacherAgreement(TextEvaluator):
 
     @torch.no_grad()
     def evaluate(self, student: Student, teacher: Teacher | None) -> dict[str, float]:
+        _require_head(self, student)
         if teacher is None:
             raise ValueError(f"evaluate {self.label}: TeacherAgreement needs model.teacher; use Perplexity without one")
         kls: list[Tensor] = []
@@ -72,6 +75,12 @@ class TeacherAgreement(TextEvaluator):
             "teacher_perplexity": perplexity(_total(theirs), len(kl)),
             "tokens": float(len(kl)),
         }
+
+
+def _require_head(evaluator: TextEvaluator, student: Student) -> None:
+    """Said before a text is tokenized: an encoder's tokenizer often lacks the EOS that windows are packed with."""
+    if not student.split.has_head:
+        raise ValueError(f"evaluate {evaluator.label}: {type(evaluator).__name__} needs logits, but {NO_HEAD}")
 
 
 def _rows(answer: Outputs) -> tuple[Tensor, ...]:

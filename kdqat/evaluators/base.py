@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -17,6 +17,7 @@ from kdqat.models import Teacher
 from kdqat.student import Student
 from kdqat.types import Batch
 
+T = TypeVar("T")
 Protocol = Literal["packed", "wikitext2", "ptb"]
 
 
@@ -74,14 +75,10 @@ class TextEvaluator(Evaluator):
         Raises:
             ValueError: if a window is longer than the model's positions.
         """
-        positions = getattr(student.model.config, "max_position_embeddings", None)
-        if positions is not None and self.seq_len > positions:
-            raise ValueError(f"evaluate {self.label}: seq_len {self.seq_len} exceeds the model's {positions} positions")
+        require_positions(self.label, self.seq_len, student)
         rows = self._windows(student.tokenizer)
-        device, console = device_of(student.split), Console(stderr=True)
-        starts = range(0, len(rows), self.batch_size)
-        text = f"evaluating on {self.label}"
-        for start in track(starts, text, console=console, transient=True, disable=not console.is_terminal):
+        device = device_of(student.split)
+        for start in tracked(range(0, len(rows), self.batch_size), self.label):
             ids = rows[start : start + self.batch_size].to(device)
             yield Batch(ids, ids)
 
@@ -99,6 +96,22 @@ def text_name(text: str | TextSource | list[str | TextSource]) -> str:
     first = text[0] if isinstance(text, list) else text
     path = first if isinstance(first, str) else first.path
     return path if ":" in path and not Path(path).exists() else Path(path).name.split(".")[0]
+
+
+def require_positions(label: str, seq_len: int, student: Student) -> None:
+    """
+    Raises:
+        ValueError: if `seq_len` tokens are more than the student's model has positions.
+    """
+    positions = getattr(student.model.config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ValueError(f"evaluate {label}: seq_len {seq_len} exceeds the model's {positions} positions")
+
+
+def tracked(steps: Sequence[T], label: str) -> Iterable[T]:
+    """`steps` with a progress bar, where standard error is a terminal."""
+    console = Console(stderr=True)
+    return track(steps, f"evaluating on {label}", console=console, transient=True, disable=not console.is_terminal)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

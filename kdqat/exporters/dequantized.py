@@ -7,6 +7,7 @@ student computed with, so logits are equal bit for bit; bfloat16 and float16 rou
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,13 +15,15 @@ import torch
 from torch import nn
 
 from kdqat.exporters.base import Exporter
-from kdqat.models.source import Dtype
+from kdqat.models.source import Dtype, auto_class
 from kdqat.spec import QuantPlan
 from kdqat.student import Student, plain_state
 
+log = logging.getLogger(__name__)
+
 
 class DequantizedHF(Exporter):
-    """Dequantized safetensors for `AutoModelForCausalLM.from_pretrained`, with tokenizer and `quant_plan.json`.
+    """Dequantized safetensors for transformers' auto classes, with tokenizer and `quant_plan.json`.
 
     Args:
         dtype: of the written weights; float32 is exact.
@@ -36,10 +39,13 @@ class DequantizedHF(Exporter):
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
+        lost = activations_of(student.plan)
+        if lost:
+            log.warning("export %s holds weights only: %s of the plan are for the engine to apply", self.name, lost)
         dtype = getattr(torch, self.dtype)
         state = plain_state(student)
         for name, layer in student.layers.items():
-            state[f"{name}.weight"] = layer.fake_quantized_weight()
+            state[name if name in state else f"{name}.weight"] = layer.fake_quantized_weight()  # experts name weights
         converted: dict[Any, torch.Tensor] = {}  # what is tied is converted and written once
         for key, value in state.items():
             if value.is_floating_point():
@@ -55,6 +61,16 @@ class DequantizedHF(Exporter):
         student.plan.save(out_dir)
 
     def reload(self, out_dir: Path) -> nn.Module:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
-        return AutoModelForCausalLM.from_pretrained(out_dir).eval()
+        return auto_class(AutoConfig.from_pretrained(out_dir)).from_pretrained(out_dir).eval()
+
+
+def activations_of(plan: QuantPlan) -> str:
+    """What a plan quantizes besides weights, in words; "" if nothing."""
+    kinds = {
+        "activations": any(scheme.activation is not None for scheme in plan.values()),
+        "outputs": any(scheme.output is not None for scheme in plan.values()),
+        "the KV cache": plan.kv_cache is not None,
+    }
+    return ", ".join(kind for kind, there in kinds.items() if there)

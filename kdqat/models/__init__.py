@@ -1,6 +1,7 @@
 """Models: where they come from, what their layers are for, body and head, and the teacher."""
 
-from kdqat.models.roles import block_prefix, blocks_of, family_of, layer_refs
+from kdqat.models.kv_cache import apply_kv_cache, strip_kv_cache
+from kdqat.models.roles import block_prefix, blocks_of, embedding_refs, family_of, layer_refs
 from kdqat.models.source import ModelSource
 from kdqat.models.split import SplitModel, cut_vocabulary
 from kdqat.models.teacher import FrozenTeacher, Teacher
@@ -10,9 +11,12 @@ __all__ = [
     "ModelSource",
     "SplitModel",
     "Teacher",
+    "apply_kv_cache",
     "block_prefix",
     "blocks_of",
     "cut_vocabulary",
+    "embedding_refs",
     "family_of",
     "layer_refs",
+    "strip_kv_cache",
 ]

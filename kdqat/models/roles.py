@@ -1,21 +1,22 @@
 """What the layers of a Hugging Face model are for. The only file that knows HF module names.
 
 A family says where the blocks, the body and the head are, and which suffix inside a block has which role (q k v o
-gate up down). New architectures are one row here (docs/extending/model_family.md).
+gate up down, and in a mixture of experts router). New architectures are one row here (docs/extending/model_family.md).
+A model that is only the body of its family, such as a sentence encoder, is known by the same row (`Family.headless`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from kdqat.quant.coverage import matmul_shape
-from kdqat.types import LayerRef
+from kdqat.quant import matmul_weights
+from kdqat.types import EMBEDDING, LayerRef
 
-ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "lm_head")
+ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "pooler", "lm_head", EMBEDDING)
 
 
 @dataclass(frozen=True)
@@ -23,21 +24,35 @@ class Family:
     """Where things are in one architecture; all paths are relative to the causal (or masked) LM module."""
 
     blocks: str
-    roles: Mapping[str, str]
+    roles: Mapping[str, str]  # by suffix inside a block; by path for what is outside of the blocks
     body: str = "model"
-    head: str = "lm_head"
+    head: str | None = "lm_head"
     causal: bool = True
     packs: bool = True  # restarting position_ids separate packed documents (tests/models/test_split.py)
+
+    def headless(self) -> Family:
+        """The same family where the model is the body itself: paths begin there, and there is no head."""
+        return replace(self, blocks=self.blocks.removeprefix(self.body + "."), body="", head=None)
 
 
 _ATTENTION = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o"}
 _GATED_MLP = {"mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"}
 _LLAMA = Family("model.layers", {**_ATTENTION, **_GATED_MLP})
+# The experts own their weights (`kdqat.quant.experts`); the dense MLP is for blocks that a config leaves dense.
+_EXPERTS = {"mlp.experts.gate_up_proj": "gate_up", "mlp.experts.down_proj": "down", "mlp.gate": "router"}
+_SHARED_EXPERT = {
+    "mlp.shared_expert.gate_proj": "gate",
+    "mlp.shared_expert.up_proj": "up",
+    "mlp.shared_expert.down_proj": "down",
+    "mlp.shared_expert_gate": "router",
+}
+_MOE = Family("model.layers", {**_ATTENTION, **_GATED_MLP, **_EXPERTS, **_SHARED_EXPERT})
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite"), _LLAMA
     ),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _MOE),
     "phi": Family(
         "model.layers",
         {**_ATTENTION, "self_attn.dense": "o", "mlp.fc1": "up", "mlp.fc2": "down"},
@@ -65,6 +80,7 @@ FAMILIES: dict[str, Family] = {
             "attention.output.dense": "o",
             "intermediate.dense": "up",
             "output.dense": "down",
+            "pooler.dense": "pooler",  # reads the first token; mean pooling never uses it
         },
         body="bert",
         head="cls",
@@ -75,7 +91,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a Hugging Face model.
+    """The family of a Hugging Face model, headless if the model is the body alone (BertModel, not BertForMaskedLM).
 
     Raises:
         ValueError: for an architecture this version does not know; the message lists the known ones.
@@ -86,22 +102,33 @@ def family_of(model: nn.Module) -> Family:
             f"model type {model_type!r} is not known: kdqat knows {', '.join(sorted(FAMILIES))}; "
             "a new one is a row in kdqat/models/roles.py (docs/extending/model_family.md)"
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    return family if _has(model, family.body) else family.headless()
 
 
 def layer_refs(model: nn.Module) -> list[LayerRef]:
     """Every module of `model` that owns a matmul weight, in module order; works on swapped models too.
 
-    Not only nn.Linear: what cannot be fake-quantized (GPT-2's Conv1D, fused experts) must be seen to be ignored.
+    Not only what can be fake-quantized: an unknown kind of layer must be seen to be ignored.
     """
     family = family_of(model)
     refs = []
-    for name, module in model.named_modules():
-        shape = matmul_shape(module)
-        if shape is not None:
+    for owner, module in model.named_modules():
+        for name, shape in matmul_weights(owner, module).items():
             block, role = _place(name, family)
             refs.append(LayerRef(name=name, block=block, role=role, shape=shape))
     return refs
+
+
+def embedding_refs(model: nn.Module) -> list[LayerRef]:
+    """The input embedding as a layer that a plan can name: role "embedding", shape [V, H].
+
+    Apart from `layer_refs`: an embedding is a lookup and not a matmul, so nobody misses it in a plan.
+    """
+    family_of(model)
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    return [LayerRef(name=name, block=None, role=EMBEDDING, shape=tuple(embedding.weight.shape))]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -114,11 +141,19 @@ def block_prefix(model: nn.Module) -> str:
     return family_of(model).blocks + "."
 
 
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 def _place(name: str, family: Family) -> tuple[int | None, str]:
-    if name == family.head or name.startswith(family.head + "."):
+    if family.head is not None and f"{name}.".startswith(f"{family.head}."):
         return None, "lm_head"
     if not name.startswith(family.blocks + "."):
-        return None, name.rpartition(".")[2]
+        return None, family.roles.get(name, name.rpartition(".")[2])
     index, _, suffix = name.removeprefix(family.blocks + ".").partition(".")
     return int(index), family.roles.get(suffix, suffix.rpartition(".")[2])
 

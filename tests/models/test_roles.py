@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kdqat.models import block_prefix, blocks_of, family_of, layer_refs
-from kdqat.models.roles import FAMILIES, ROLES
+from kdqat.models.roles import FAMILIES, ROLES, embedding_refs
 from kdqat.models.toy import TOYS, toy_model
 from kdqat.quant import MinMax, apply_plan
 from kdqat.spec import QuantPlan, preset
@@ -22,13 +22,15 @@ EXPECTED = {
     **dict.fromkeys(("phi", "opt", "bert"), PLAIN),
     "phi3": ("qkv", "o", "gate_up", "down"),
     "gpt2": ("qkv", "o", "up", "down"),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), ("q", "k", "v", "o", "router", "gate_up", "down")),
+    "qwen2_moe": ("q", "k", "v", "o", "router", "gate_up", "down", "gate", "up", "down", "router"),
 }
 
 every_family = pytest.mark.parametrize("kind", FAMILIES)
 
 
 def test_every_family_has_a_toy_and_every_toy_a_family():
-    assert set(TOYS) == set(FAMILIES) == set(EXPECTED)
+    assert set(TOYS) - {"bert_encoder"} == set(FAMILIES) == set(EXPECTED)  # tests/models/test_encoders.py
 
 
 @every_family
@@ -44,11 +46,12 @@ def test_every_layer_of_every_block_has_its_role(kind):
 
 @every_family
 def test_no_matmul_weight_is_overlooked(kind):
-    """Counted independently of modules: every 2-D parameter but the embeddings is some layer's weight."""
+    """Counted independently of modules: every matrix or stack of matrices but the embeddings is some layer's weight."""
     model = toy_model(kind, tie=False)
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    weights = [tuple(p.shape) for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings]
-    assert Counter(ref.shape for ref in layer_refs(model)) == Counter(weights)
+    weights = [p.flatten(0, -2).shape for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings]
+    # GPT-2 stores its matrices transposed
+    assert Counter(tuple(sorted(ref.shape)) for ref in layer_refs(model)) == Counter(tuple(sorted(w)) for w in weights)
 
 
 @every_family
@@ -66,6 +69,25 @@ def test_body_and_head_are_submodules_and_the_head_makes_the_logits(kind):
     with torch.no_grad():
         hidden = model.get_submodule(family.body)(input_ids=ids).last_hidden_state
         assert model.get_submodule(family.head)(hidden).shape == (2, 9, 260)
+
+
+@every_family
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_input_embedding_is_a_layer_that_a_plan_can_name(kind, tie):
+    model = toy_model(kind, tie=tie)
+    (ref,) = embedding_refs(model)
+    assert (ref.role, ref.block, ref.shape) == ("embedding", None, (260, 64))
+    assert model.get_submodule(ref.name) is model.get_input_embeddings()
+    assert ref.name not in {other.name for other in layer_refs(model)}
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe"])
+def test_blocks_that_a_mixture_of_experts_leaves_dense_have_their_roles_too(kind):
+    model = toy_model(kind)
+    config = type(model.config)(**{**model.config.to_dict(), "mlp_only_layers": [0]})
+    refs = layer_refs(type(model)(config))
+    assert sorted(ref.role for ref in refs if ref.block == 0) == sorted(GATED)
+    assert sorted(ref.role for ref in refs if ref.block == 1) == sorted(EXPECTED[kind])
 
 
 def test_a_swapped_model_has_the_same_layers():

