@@ -1,0 +1,25 @@
+"""Calibration: one pass over text that shows every block's layer inputs while holding one block's at a time.
+
+text -> calibration_batches -> stream_blocks -> BlockCall.run -> AbsMax, Range, InputSample, Hessian
+"""
+
+from kdqat.calibrate.block_call import BlockCall, layer_inputs
+from kdqat.calibrate.ranges import calibrate_ranges, needs_range, set_range
+from kdqat.calibrate.statistics import AbsMax, Hessian, InputSample, Range
+from kdqat.calibrate.stream import stream_blocks
+from kdqat.calibrate.text import Calibration, calibration_batches
+
+__all__ = [
+    "AbsMax",
+    "BlockCall",
+    "Calibration",
+    "Hessian",
+    "InputSample",
+    "Range",
+    "calibrate_ranges",
+    "calibration_batches",
+    "layer_inputs",
+    "needs_range",
+    "set_range",
+    "stream_blocks",
+]
