@@ -1,7 +1,8 @@
 """How a student's first scales are chosen."""
 
 from kdqat.initializers.base import Initializer
+from kdqat.initializers.fpq import FPQ
 from kdqat.initializers.mse_grid import MSEGrid
 from kdqat.initializers.rtn import RTN
 
-__all__ = ["RTN", "Initializer", "MSEGrid"]
+__all__ = ["FPQ", "RTN", "Initializer", "MSEGrid"]

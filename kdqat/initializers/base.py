@@ -9,9 +9,18 @@ from kdqat.types import BlockView
 
 
 class Initializer(ABC):
-    """Sets scales and zero points, and in some methods the starting weights."""
+    """Sets scales and zero points, and in some methods formats or the starting weights.
 
-    rewrites_weights: ClassVar[bool] = False  # True: the latent weights are no longer the teacher's
+    Attributes:
+        needs_calibration: whether blocks come with a `call`, which runs them on calibration text.
+        sequential: blocks are called on what the blocks before them give as they are by now, quantized (GPTQ's
+            practice); False: on what they give in full precision.
+        rewrites_weights: the latent weights are afterwards no longer the teacher's.
+    """
+
+    needs_calibration: ClassVar[bool] = False
+    sequential: bool = False
+    rewrites_weights: bool = False
 
     @abstractmethod
     def initialize(self, block: BlockView) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kdqat.initializers.base import Initializer
-from kdqat.quant.functional import choose_qparams, fake_quantize
-from kdqat.quant.grouping import to_groups
+from kdqat.quant.clipping import search_clipping
 from kdqat.quant.quantizer import FakeQuantizer
 from kdqat.types import BlockView, QParams
 
@@ -37,28 +36,14 @@ class MSEGrid(Initializer):
     @torch.no_grad()
     def initialize(self, block: BlockView) -> None:
         for name, layer in block.layers.items():
-            if layer.weight_fake_quantizer is not None:
+            quantizer = layer.weight_fake_quantizer
+            if quantizer is not None:
                 try:
-                    layer.weight_fake_quantizer.load_qparams(self.search(layer.weight, layer.weight_fake_quantizer))
+                    quantizer.load_qparams(self.search(layer.as_matrix(layer.weight), quantizer))
                 except ValueError as error:
                     raise ValueError(f"layer {name}: {error}") from None
 
     def search(self, weight: Tensor, quantizer: FakeQuantizer) -> QParams:
         """The best scale and zero point for `weight` [O, I], of shape `spec.qparam_shape`."""
-        spec, qmin, qmax = quantizer.spec, quantizer.qmin, quantizer.qmax
-        groups = to_groups(weight.float(), spec)
-        best: QParams | None = None
-        best_error = None
-        for shrink in torch.linspace(1.0, self.smallest, self.num_steps).tolist():
-            trial = choose_qparams(groups, qmin, qmax, spec, shrink)
-            trial = trial._replace(scale=trial.scale.to(getattr(torch, spec.scale_dtype)).float())
-            error = (fake_quantize(groups, *trial, qmin, qmax) - groups).abs_().pow_(self.norm)
-            error = error.sum((0, 1, 2)).reshape(1) if spec.granularity == "tensor" else error.sum(2, keepdim=True)
-            if best is None or best_error is None:
-                best, best_error = trial, error
-                continue
-            better = error < best_error
-            best = QParams(*(torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))
-            best_error = torch.where(better, error, best_error)
-        assert best is not None
-        return best
+        groups = quantizer.groups(weight)
+        return search_clipping(groups, quantizer.grid, quantizer.spec, self.num_steps, self.smallest, self.norm)
