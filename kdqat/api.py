@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdqat.allocate import BitAllocator, Uniform
+from kdqat.calibrate import Calibration
 from kdqat.callbacks import ProgressLine, StopOnSignal
 from kdqat.data import TextData
 from kdqat.evaluators import Evaluator
@@ -42,6 +43,8 @@ def quantize(
     *,
     quantizer: QuantizerFactory = LSQ,
     initializer: Initializer | None = None,
+    activation_quantizer: QuantizerFactory | None = None,
+    calibration: Calibration | None = None,
 ) -> Student:
     """A fake-quantized student, ready to train, evaluate or export.
 
@@ -50,13 +53,22 @@ def quantize(
         scheme: a preset, a scheme for every layer but lm_head, or an allocator.
         quantizer: of the weights.
         initializer: of the scales; default MSEGrid.
+        activation_quantizer: None: MinMax for dynamic ranges, LSQPlus for static ones.
+        calibration: text for static activation ranges and for initializers that need it.
 
     Raises:
         ValueError: if the model cannot be had or the plan does not fit it.
     """
     source = ModelSource(model) if isinstance(model, str) else model
     allocator = scheme if isinstance(scheme, BitAllocator) else Uniform(scheme)
-    return prepare_student(source, allocator, quantizer, initializer if initializer is not None else MSEGrid())
+    return prepare_student(
+        source,
+        allocator,
+        quantizer,
+        initializer if initializer is not None else MSEGrid(),
+        activation_quantizer=activation_quantizer,
+        calibration=calibration,
+    )
 
 
 def fit(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdqat.allocate.base import BitAllocator
 from kdqat.spec import QuantPlan
-from kdqat.types import LayerRef
+from kdqat.types import EMBEDDING, LayerRef
 
 
 class FromFile(BitAllocator):
@@ -27,6 +27,6 @@ class FromFile(BitAllocator):
             if name not in names:
                 raise ValueError(f"{self.path}: the model has no layer {name!r}; was the plan made for another model?")
         for layer in layers:
-            if layer.name not in plan and layer.name not in plan.ignored:
+            if layer.role != EMBEDDING and layer.name not in plan and layer.name not in plan.ignored:
                 raise ValueError(f"{self.path}: layer {layer.name!r} is neither planned nor in `ignored`")
         return plan

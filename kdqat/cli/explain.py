@@ -26,6 +26,7 @@ from kdqat.quant import FakeQuantizer
 _BASES: dict[str, type] = {
     "plan": BitAllocator,
     "quantizer": FakeQuantizer,
+    "activation_quantizer": FakeQuantizer,
     "loss": DistillLoss,
     "terms": DistillLoss,
     "teacher": Teacher,

@@ -65,7 +65,7 @@ def parse_recipe(path: Path, arguments: Sequence[str] = ()) -> Recipe:
         config = parser.parse_args(["--config", str(file), *here, *arguments])
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(Path("runs") / file.stem)
-        content = yaml.safe_load(parser.dump(config, skip_unset=True))
+        content = _without_empty_arguments(yaml.safe_load(parser.dump(config, skip_unset=True)))
         if config.trainer.check_val_every_n_epoch is None:  # the one null that says something; see api.make_trainer
             content["trainer"]["check_val_every_n_epoch"] = None
         built = parser.instantiate(config)
@@ -95,6 +95,16 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--evaluate", type=list[Evaluator], default=[], help="what to measure")
     parser.add_argument("--export", type=list[Exporter], default=[], help="formats to write")
     return parser
+
+
+def _without_empty_arguments(content: Any) -> Any:
+    """`content` without `init_args: {}`: a class named by an override has it, the same class read from a file has not,
+    and a run directory compares the two."""
+    if isinstance(content, list):
+        return [_without_empty_arguments(item) for item in content]
+    if not isinstance(content, dict):
+        return content
+    return {key: _without_empty_arguments(value) for key, value in content.items() if (key, value) != ("init_args", {})}
 
 
 def _require_known_keys(file: Path, parser: ArgumentParser) -> None:

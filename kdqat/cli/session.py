@@ -72,7 +72,7 @@ def measure_rtn(recipe: Recipe, untrained: Student | None) -> dict[str, dict[str
         return stored["rtn"]
     if untrained is None:
         plan = FromFile(str(student_folder(recipe.run)))
-        untrained = prepare_student(recipe.model.source, plan, MinMax, RTN())
+        untrained = prepare_student(recipe.model.source, plan, MinMax, RTN(), calibration=recipe.model.calibration)
     device = device_of(recipe.trainer.get("accelerator"))
     with as_rtn(untrained) as rtn:
         numbers = api.evaluate(rtn, recipe.evaluators, teacher_of(recipe), device=device, name="RTN")

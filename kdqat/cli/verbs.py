@@ -41,6 +41,7 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     recipe = begin("fit", options, overrides, resume=options.resume)
     if recipe.data is None:
         raise ValueError(f"{options.recipe}: fit needs a data section (docs/recipes.md)")
+    recipe.model.require_training()
     checkpoint = newest_complete(recipe.run.checkpoints) if options.resume else None
     overwrite = options.overwrite or options.resume  # what the interrupted run wrote after its training
     trainer = api.make_trainer(recipe.trainer, recipe.run.path)
@@ -122,6 +123,8 @@ def generate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if options.max_new_tokens < 1:
         raise ValueError("--max_new_tokens must be at least 1")
     student = load_student(student_folder(run_of(options.recipe)))
+    if not student.split.has_head:
+        raise ValueError(f"{options.recipe}: this encoder has no language-model head, so it generates no text")
     device = device_of("auto")
     model = student.model.to(device)
     if options.chat:

@@ -38,7 +38,11 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "export": ("export",),
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "quantize": ("seed_everything", "model.student", "model.plan", "model.quantizer", "model.initializer"),
+    "quantize": (
+        "seed_everything",
+        *(f"model.{key}" for key in ("student", "plan", "quantizer", "initializer")),
+        *(f"model.{key}" for key in ("activation_quantizer", "calibration")),
+    ),
     "fit": ("seed_everything", "model", "data", "trainer"),
     "validate": (),
     "eval": (),

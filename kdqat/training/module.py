@@ -19,10 +19,11 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from kdqat.allocate import BitAllocator
+from kdqat.calibrate import Calibration
 from kdqat.initializers import RTN, Initializer
 from kdqat.losses import CrossEntropy, DistillLoss, ForwardKL, WeightedSum
 from kdqat.models import ModelSource, SplitModel, Teacher
-from kdqat.quant import QuantizerFactory
+from kdqat.quant import QuantizerFactory, default_activation_quantizer
 from kdqat.student import Student, load_student, prepare_student
 from kdqat.training.nonfinite import NonFiniteLossError, explain
 from kdqat.training.optim import WarmupCosine, gradients, parameter_groups, scale_learning_rate
@@ -39,13 +40,15 @@ class KDQATModule(L.LightningModule):
         student: where the model comes from; latent weights belong in float32.
         plan: which layer gets which scheme.
         quantizer: called with (spec, shape) for every weight.
-        loss: of student and teacher outputs; reduction is the loss's own.
-        optimizer: called with parameter groups.
+        loss: of student and teacher outputs; reduction is the loss's own. None: a recipe that trains nothing.
+        optimizer: called with parameter groups; None likewise.
         scheduler: called with the optimizer, stepped every optimizer step; None: a constant rate.
         teacher: None trains without one (a loss that needs it says so).
         initializer: sets the first scales.
         scale_lr_ratio: learning rate of scales and zero points, as a share of the weights'.
         parallel: checkpointing, compiling and sharding of blocks.
+        activation_quantizer: of inputs, outputs and KV cache; None: MinMax for dynamic ranges, LSQPlus for static ones.
+        calibration: text for static activation ranges and for initializers that need it.
 
     Raises:
         ValueError: for trainable weights that are not float32.
@@ -56,13 +59,15 @@ class KDQATModule(L.LightningModule):
         student: ModelSource,
         plan: BitAllocator,
         quantizer: QuantizerFactory,
-        loss: DistillLoss,
-        optimizer: OptimizerCallable,
+        loss: DistillLoss | None = None,
+        optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         teacher: Teacher | None = None,
         initializer: Initializer | None = None,
         scale_lr_ratio: float = 0.1,
         parallel: Parallel | None = None,
+        activation_quantizer: QuantizerFactory | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
         if student.dtype != "float32":
@@ -71,6 +76,7 @@ class KDQATModule(L.LightningModule):
                 "of bf16 weights); the forward pass runs in bf16 with trainer.precision: bf16-mixed"
             )
         self.source, self.allocator, self.quantizer, self.loss = student, plan, quantizer, loss
+        self.activation_quantizer, self.calibration = activation_quantizer, calibration
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.initializer = initializer if initializer is not None else RTN()
         self.scale_lr_ratio = scale_lr_ratio
@@ -94,6 +100,19 @@ class KDQATModule(L.LightningModule):
         module.adopt(student)
         return module
 
+    def require_training(self) -> None:
+        """
+        Raises:
+            ValueError: naming the key that training needs and the recipe left out; other verbs do without.
+        """
+        if self.loss is None:
+            raise ValueError("model.loss is missing: fit needs one to minimize, e.g. loss: {class_path: ForwardKL}")
+        if self.optimizer_factory is None:
+            raise ValueError(
+                "model.optimizer is missing: fit needs one to train with, e.g. "
+                "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-4}}"
+            )
+
     def adopt(self, student: Student) -> None:
         """Take `student` as the one to train."""
         self.student, self.split = student, student.split
@@ -105,10 +124,11 @@ class KDQATModule(L.LightningModule):
             saved: a folder written by `save_student` to start from; None: prepare from the source.
         """
         if self.student is None:
-            self.adopt(self.prepare(self.teacher) if saved is None else load_student(saved, self.quantizer))
+            student = self.prepare(self.teacher) if saved is None else self.load(saved)
+            self.adopt(student)
         assert self.student is not None and self.split is not None
         if not self.split.family.causal:
-            raise ValueError(f"model {self.source.path}: only causal language models can be trained, not masked ones")
+            raise ValueError(f"model {self.source.path}: only causal language models can be trained, not encoders")
         if self.teacher is not None:
             self.teacher.prepare(self.source, self.split, self.student.tokenizer, pristine=False)
         return self.student
@@ -119,8 +139,22 @@ class KDQATModule(L.LightningModule):
         if teacher is not None:
             teacher.prepare(self.source, split, tokenizer, pristine=True)
         return prepare_student(
-            self.source, self.allocator, self.quantizer, self.initializer, split=split, tokenizer=tokenizer
+            self.source,
+            self.allocator,
+            self.quantizer,
+            self.initializer,
+            activation_quantizer=self.activation_quantizer,
+            calibration=self.calibration,
+            split=split,
+            tokenizer=tokenizer,
         )
+
+    def load(self, folder: Path) -> Student:
+        """A saved student whose scales this module's quantizers take as their start."""
+        activation = (
+            self.activation_quantizer if self.activation_quantizer is not None else default_activation_quantizer
+        )
+        return load_student(folder, self.quantizer, activation)
 
     def configure_model(self) -> None:
         if self._configured:
@@ -128,7 +162,7 @@ class KDQATModule(L.LightningModule):
         self.build()
         assert self.split is not None
         self.split.train()
-        if "attentions" in self.loss.wants:
+        if self.loss is not None and "attentions" in self.loss.wants:
             self.split.use_eager_attention()
             if self.teacher is not None:
                 self.teacher.use_eager_attention()
@@ -139,6 +173,7 @@ class KDQATModule(L.LightningModule):
         self._configured = True
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self.loss is not None
         teacher = self.teacher.outputs(batch, self.loss.wants) if self.teacher is not None else None
         assert self.split is not None
         student = self.split(batch, self.loss.wants)
@@ -198,7 +233,8 @@ class KDQATModule(L.LightningModule):
         self._val_nll.reset()
 
     def configure_optimizers(self) -> Any:
-        assert self.split is not None
+        self.require_training()
+        assert self.split is not None and self.optimizer_factory is not None
         optimizer = self.optimizer_factory(parameter_groups(self.split))
         scale_learning_rate(optimizer, self.scale_lr_ratio)
         if self.scheduler_factory is None:

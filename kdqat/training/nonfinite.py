@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdqat.models import SplitModel
-from kdqat.quant import FakeQuantizer, FakeQuantLinear
+from kdqat.quant import FakeQuantizer, FakeQuantLayer
 from kdqat.types import Batch, Outputs
 
 
@@ -34,7 +34,7 @@ def explain(step: int, loss: float, student: SplitModel, teacher: Outputs | None
         return hook
 
     modules = [(n, m) for n, m in student.model.named_modules() if not isinstance(m, FakeQuantizer)]
-    leaves = [(n, m) for n, m in modules if not any(m.children()) or isinstance(m, nn.Linear)]
+    leaves = [(n, m) for n, m in modules if not any(m.children()) or isinstance(m, FakeQuantLayer)]
     handles = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:
         with torch.no_grad():
@@ -49,7 +49,7 @@ def explain(step: int, loss: float, student: SplitModel, teacher: Outputs | None
 
 def _describe(name: str, module: nn.Module) -> str:
     text = f"first at layer {name}"
-    if isinstance(module, FakeQuantLinear) and module.weight_fake_quantizer is not None:
+    if isinstance(module, FakeQuantLayer) and module.weight_fake_quantizer is not None:
         scale = module.weight_fake_quantizer.scale.detach()
         text += f" (scales {scale.min().item():.3g} to {scale.max().item():.3g}"
         text += f", {int((~torch.isfinite(module.weight)).sum())} non-finite weights)"

@@ -62,6 +62,18 @@ def test_a_pattern_that_matches_no_layer_is_a_typo_and_the_roles_are_named(argum
     assert "(down, lm_head, o, q)" in str(error.value) and "'model.layers.0.self_attn.q_proj'" in str(error.value)
 
 
+@pytest.mark.parametrize("written", [{}, {"ignore": ["lm_head"]}], ids=["default", "default in a resolved recipe"])
+def test_the_default_asks_nothing_of_a_model_without_a_head(written):
+    plan = Uniform("W4A16", **written).allocate(LAYERS[:-1])
+    assert len(plan) == 9 and plan.ignored == ()
+
+
+@pytest.mark.parametrize("arguments", [{"ignore": ["lm_head", "o"]}, {"overrides": {"lm_head": "W8A16"}}], ids=str)
+def test_a_head_that_is_named_beyond_the_default_must_be_there(arguments):
+    with pytest.raises(ValueError, match=r"plan\.\w+: 'lm_head' matches no layer"):
+        Uniform("W4A16", **arguments).allocate(LAYERS[:-1])
+
+
 def test_nothing_left_to_quantize_is_an_error():
     with pytest.raises(ValueError, match="nothing to quantize"):
         Uniform("W4A16", ignore=["*"]).allocate(LAYERS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cli.case import AGREEMENT, Case, named, plan, scheme
+from tests.cli.case import AGREEMENT, Case, file, named, plan, scheme
 from tests.cli.recipes import DROP
 
 KEYS = [
@@ -45,7 +45,7 @@ KEYS = [
 
 CLASSES = [
     Case("an unknown plan", ("model.plan", "'Unifrom'", "'Uniform'"), {"model__plan": named("Unifrom")}),
-    Case("an unknown quantizer", ("model.quantizer", "'LSQPlus'", "LSQ"), {"model__quantizer": named("LSQPlus")}),
+    Case("an unknown quantizer", ("model.quantizer", "'MinMx'", "'MinMax'"), {"model__quantizer": named("MinMx")}),
     Case("an unknown loss", ("model.loss", "'FowardKL'", "'ForwardKL'"), {"model__loss": named("FowardKL")}),
     Case("an unknown term", ("terms", "'CrossEntrophy'", "'CrossEntropy'"),
          {"model__loss": named("WeightedSum", terms=[named("CrossEntrophy")], weights=[1.0])}),
@@ -84,7 +84,7 @@ VALUES = [
     Case("an unknown preset", ("W4A16_G23", "W4A16_G32"), {"model__plan": plan(scheme="W4A16_G23")}),
     Case("a spec with group size and channels", ("group_size", "granularity='group'"),
          {"model__plan": scheme(format="int4", group_size=32)}),
-    Case("a symmetric spec with a zero point", ("symmetric", "zero_point='integer'"),
+    Case("a symmetric spec with a zero point", ("symmetric=True", "zero_point 'none'", "symmetric=False"),
          {"model__plan": scheme(format="int4", zero_point="integer")}),
     Case("an unknown format", ("format", "'fp3'", "int8"), {"model__plan": scheme(format="fp3")}),
     Case("an unknown key of a spec", ("weight", "'fmt'", "format"), {"model__plan": scheme(fmt="int4")}),
@@ -102,7 +102,7 @@ VALUES = [
     Case("sharding without its strategy", ("model.parallel.shard", "ModelParallelStrategy"),
          {"model__parallel": {"shard": True}}),
     Case("a loss that is not finite", ("step 1", "loss is nan", "layer model.layers.", "scales", "learning rate"),
-         {"model__optimizer__init_args__lr": 1.0e30, "model__scheduler": DROP, "trainer__max_steps": 4}),
+         {"model__optimizer__init_args__lr": 1.0e15, "model__scheduler": DROP, "trainer__max_steps": 4}),
     Case("a section that is no mapping", ("trainer", "mapping", "list"), {"trainer": [1]}),
     Case("an empty section", ("trainer", "mapping"), {"trainer": None}),
     Case("a number for a class", ("model.plan", "class_path", "Uniform"), {"model__plan": 3}),
@@ -117,4 +117,39 @@ VALUES = [
     Case("more GPUs than there are", ("accelerator",), {"trainer__accelerator": "cuda"}),
     Case("an accelerator that does not exist", ("accelerator", "'gpuu'"), {"trainer__accelerator": "gpuu"}),
     Case("a precision that does not exist", ("precision", "bf8"), {"trainer__precision": "bf8"}),
+]  # fmt: skip
+
+FORMATS = [
+    Case("static activations without calibration", ("model.calibration is missing", "calibration: {text:"),
+         {"model__plan": plan(scheme="W8A8_STATIC")}),
+    Case("a calibration text that is too short", ("calibration: the text has", "num_rows=128", "more text"),
+         {"model__plan": plan(scheme="W8A8_STATIC"),
+          "model__calibration": {"text": "short.txt", "seq_len": 16, "num_rows": 128}},
+         setup=file("short.txt", "a short text " * 20)),
+    Case("a calibration without its text", ("model.calibration", "text"), {"model__calibration": {"num_rows": 4}}),
+    Case("a calibration with an unknown way to ranges", ("model.calibration", "'max'", "minmax"),
+         {"model__calibration": {"text": "kdqat:prose", "ranges": "max"}}),
+    Case("a live quantizer for static activations",
+         ("layer model.layers.0.self_attn.q_proj: activation: MinMax", "use LSQPlus or Fixed", "dynamic: true"),
+         {"model__plan": plan(scheme="W8A8_STATIC"), "model__activation_quantizer": named("MinMax"),
+          "model__calibration": {"text": "kdqat:prose"}}),
+    Case("an unknown word in deploy_only", ("model.plan", "deploy_only", "'activations'", "kv_cache"),
+         {"model__plan": plan(deploy_only=["activations"])}),
+    Case("an unknown preset of a KV cache", ("kv_cache 'KV5'", "KV8, KV4"), {"model__plan": plan(kv_cache="KV5")}),
+    Case("embeddings without the head that is tied to them",
+         ("layer model.embed_tokens", "tied to lm_head", "plan both"),
+         {"model__plan": plan(embeddings="W4A16_G32")}),
+    Case("an unknown format of activations", ("format 'int9'", "int8"),
+         {"model__plan": plan(scheme={"activation": {"format": "int9", "granularity": "tensor"}})}),
+    Case("a rotation that does not divide", ("layer model.layers.0.self_attn.q_proj", "hadamard 128", "64 or less"),
+         {"model__plan": scheme(format="int4", hadamard=128)}),
+    Case("K-quants of a width without super-blocks",
+         ("layer model.layers.0.self_attn.q_proj", "input width 64", "use GGUF_Q4_1 or GGUF_Q4_0"),
+         {"model__plan": plan(scheme="GGUF_Q4_K")}),
+    Case("a search of minifloats on integers", ("layer model.layers.0.self_attn.q_proj", "FPQ", "FP4_W4A4_PRE_SHIFT"),
+         {"model__plan": plan(scheme="W4A16"), "model__initializer": named("FPQ"),
+          "model__calibration": {"text": "kdqat:prose", "seq_len": 32, "num_rows": 2}}),
+    Case("training without a loss", ("model.loss is missing", "fit needs", "ForwardKL"), {"model__loss": DROP}),
+    Case("training without an optimizer", ("model.optimizer is missing", "fit needs", "torch.optim.AdamW"),
+         {"model__optimizer": DROP}),
 ]  # fmt: skip

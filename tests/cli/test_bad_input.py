@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.cli.case import OURS, Case
-from tests.cli.cases_recipe import CLASSES, KEYS, VALUES
+from tests.cli.cases_recipe import CLASSES, FORMATS, KEYS, VALUES
 from tests.cli.cases_run import DATA, MODELS, RECIPES, RUNS
 from tests.cli.fork_server import ROOT, Done, server
 from tests.cli.recipes import recipe, stories, write
 
-CASES = [*KEYS, *CLASSES, *VALUES, *MODELS, *DATA, *RECIPES, *RUNS]
+CASES = [*KEYS, *CLASSES, *VALUES, *FORMATS, *MODELS, *DATA, *RECIPES, *RUNS]
 
 
 def execute(case: Case, folder: Path) -> tuple[str, Done]:

@@ -140,6 +140,13 @@ def test_dotted_overrides_reach_every_depth(tmp_path: Path) -> None:
     assert list(plan["schemes"]) == ["W3A16_G32"]
 
 
+def test_a_class_that_an_override_names_is_no_other_recipe_in_the_run_directory(tmp_path: Path) -> None:
+    write(tmp_path)
+    stored = stored_after(tmp_path, "--model.initializer", "RTN")  # the recipe's MSEGrid had arguments, RTN has none
+    assert stored["model"]["initializer"] == {"class_path": "kdqat.RTN"}
+    run(tmp_path, "eval", "run")
+
+
 def test_keys_of_a_second_recipe_win(tmp_path: Path) -> None:
     write(tmp_path)
     second = {"trainer": {"max_steps": 9}, "model": {"plan": {"init_args": {"scheme": "W2A16_G32"}}}}

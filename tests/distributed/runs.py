@@ -80,6 +80,8 @@ def write_recipe(
     accumulate: int = 2,
     precision: str = "32-true",
     scheme: Any = "W4A16_G32",
+    quantizer: str = "LSQ",
+    calibration: dict[str, Any] | None = None,
     ignore: tuple[str, ...] = ("lm_head",),
     chunk_tokens: int = 1024,
     select: str = "last",
@@ -95,7 +97,8 @@ def write_recipe(
             "student": {"path": str(folder / model)},
             "teacher": {"class_path": "FrozenTeacher", "init_args": {"dtype": "float32"}},
             "plan": {"class_path": "Uniform", "init_args": {"scheme": scheme, "ignore": list(ignore)}},
-            "quantizer": {"class_path": "LSQ"},
+            "quantizer": {"class_path": quantizer},
+            "calibration": calibration,
             "initializer": {"class_path": "RTN"},
             "loss": {"class_path": "ForwardKL", "init_args": {"chunk_tokens": chunk_tokens}},
             "optimizer": {  # a large eps lets a wrong size of the gradients show, which AdamW else divides away

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from itertools import repeat
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from kdqat.student import (
 )
 from tests.contracts.test_exporters import IDS, trained
 from tests.models.stories import stories260k
+
+OTHER_FORMATS = ["NVFP4", "MXFP4_A16", "NF4_DOUBLE", "GGUF_Q4_0", "GGUF_Q4_1", "TERNARY", "BINARY_G64", "W2A16_HALF"]
+OTHER_FORMATS += ["FP8", "W4A8_G32", "W8A8_STATIC", "FP4_W4A4_PRE_SHIFT"]  # activations, live and stored
 
 
 def logits(student) -> torch.Tensor:
@@ -93,7 +97,7 @@ def test_stored_bytes_are_counted_by_hand():
 def test_blocks_come_in_order_and_the_head_last():
     model = SplitModel(toy_model("llama", tie=False))
     student = prepare_student(ModelSource("toy:llama"), Uniform("W4A16", ignore=()), LSQ, RTN(), split=model)
-    views = list(block_views(student.model))
+    views = list(block_views(student.model, repeat(None)))
     assert [view.index for view in views] == [0, 1, None]
     assert list(views[2].layers) == ["lm_head"]
     assert all(name.startswith("model.layers.1.") for name in views[1].layers) and len(views[1].layers) == 7
@@ -101,7 +105,7 @@ def test_blocks_come_in_order_and_the_head_last():
 
 
 @pytest.mark.parametrize("quantizer", [Fixed, LSQ])
-@pytest.mark.parametrize("scheme", ["W4A16", "W3A16_G32", "W2A16_ASYM_G64", "W8A16_ASYM"])
+@pytest.mark.parametrize("scheme", ["W4A16", "W3A16_G32", "W2A16_ASYM_G64", "W8A16_ASYM", *OTHER_FORMATS])
 def test_logits_and_codes_survive_saving_and_loading_bit_for_bit(tmp_path, scheme, quantizer):
     student = trained("toy:llama", scheme)
     save_student(student, tmp_path)

@@ -65,9 +65,9 @@ def until(command: Command, happened: Callable[[], object]) -> bool:
     return True
 
 
-def moment(kind: str, command: Command, rng: random.Random) -> bool:
+def moment(kind: str, command: Command, rng: random.Random, directory: str = "run") -> bool:
     """Wait for a moment of this kind; False if the command ended before it came."""
-    run = command.folder / "run"
+    run = command.folder / directory
     seen = set((run / "checkpoints").glob("*.ckpt"))
     if kind == "between":
         came = until(command, lambda: set((run / "checkpoints").glob("*.ckpt")) - seen)
