@@ -4,7 +4,8 @@
 
 A setting is SCHEME[,key=value ...]: lr, scale_ratio, warmup, final, beta2, clip, init, quantizer, frozen (a part of
 names), steps, loss, seed, zero, hidden, cosine, opt, batch, accumulate, compile, only (one evaluation text), windows
-(evaluate on so many). Rows append to OUT_DIR/sweep.jsonl.
+(evaluate on so many), kv, deploy (activation quantization only in evaluation). Rows append to OUT_DIR/sweep.jsonl.
+Static activation ranges and FPQ are calibrated on the first training text.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import copy
 import json
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,14 @@ import torch
 
 from kdqat import api
 from kdqat.allocate import Uniform
+from kdqat.calibrate import Calibration
 from kdqat.data import PackedText, TextSource
 from kdqat.evaluators import TeacherAgreement
-from kdqat.initializers import RTN, MSEGrid
+from kdqat.initializers import FPQ, RTN, MSEGrid
 from kdqat.losses import CAKLD, CrossEntropy, ForwardKL, GeneralizedJSD, HiddenStates, ReverseKL, WeightedSum
 from kdqat.models import FrozenTeacher, ModelSource, SplitModel
 from kdqat.quant import LSQ, Fixed, MinMax
+from kdqat.quant.quantizers.seq import SEQ
 from kdqat.student import as_rtn, prepare_student
 from kdqat.training import KDQATModule, Parallel, WarmupCosine
 
@@ -51,10 +55,17 @@ def texts(folder: Path) -> list[str | TextSource]:
     ]
 
 
+def calibration(folder: Path) -> Calibration:
+    """Rows of the training text."""
+    return Calibration(texts(folder)[0], seq_len=512, num_rows=32, max_tokens=2048)
+
+
 def evaluators(folder: Path) -> list[TeacherAgreement]:
-    """In-domain-like and out-of-domain text, in windows of 1024."""
+    """In-domain-like and out-of-domain text, in windows of 1024; of C4 the rows that nobody trains on."""
     common: dict[str, Any] = {"seq_len": 1024, "batch_size": 8}
+    c4 = TextSource(path=str(folder / "c4_en_sample_300.jsonl"), rows="240:300")
     return [
+        TeacherAgreement(c4, label="c4", **common),
         TeacherAgreement(str(folder / "wikitext2_raw_test.txt"), label="wikitext2", protocol="wikitext2", **common),
         TeacherAgreement(str(folder / "ptb_test.txt"), label="ptb", protocol="ptb", **common),
     ]
@@ -94,75 +105,102 @@ def main(gguf: str, data_dir: str, out_dir: str, *settings: str) -> None:
     judge.prepare(source, original, tokenizer, pristine=True)
     measured_rtn: dict[str, Any] = {}
     for setting in settings:
-        scheme, *pairs = setting.split(",")
-        args = dict(pair.split("=") for pair in pairs)
-        torch.manual_seed(int(args.get("seed", 0)))
-        asym = "ASYM" in scheme
-        quantizer: Any = {
-            "lsq": partial(LSQ, learn_zero_point=asym and args.get("zero", "0") == "1"),
-            "minmax": MinMax,
-            "fixed": Fixed,
-        }[args.get("quantizer", "lsq")]
-        initializer = {"mse": MSEGrid, "rtn": RTN}[args.get("init", "mse")]()
-        allocator, split = Uniform(scheme), copy.deepcopy(original)
-        student = prepare_student(source, allocator, quantizer, initializer, split=split, tokenizer=tokenizer)
-        judges = [e for e in evaluators(folder) if args.get("only", e.label) == e.label]
-        for evaluator in judges:
-            evaluator.limit = int(args["windows"]) if "windows" in args else None
-        if scheme not in measured_rtn:
-            with as_rtn(student) as rtn:
-                measured_rtn[scheme] = api.evaluate(rtn, judges, judge, device=device)
-        for name, parameter in split.named_parameters():
-            parameter.requires_grad_("frozen" not in args or args["frozen"] not in name)
-        loss: Any = LOSSES[args.get("loss", "kl")]()
-        if "hidden" in args:
-            loss = WeightedSum([loss, HiddenStates("mse")], [1.0, float(args["hidden"])])
-        if "cosine" in args:
-            loss = WeightedSum([loss, HiddenStates("cosine")], [1.0, float(args["cosine"])])
-        steps = int(args.get("steps", 300))
-        teacher = FrozenTeacher(dtype="bfloat16")
-        teacher.prepare(source, original, tokenizer, pristine=True)
-        module = KDQATModule.from_student(
-            student,
-            plan=allocator,
-            quantizer=quantizer,
-            loss=loss,
-            optimizer=optimizer_of(args, fused=device == "cuda"),
-            scheduler=partial(
-                WarmupCosine, warmup_steps=int(args.get("warmup", 20)), final_ratio=float(args.get("final", 0.0))
-            ),
-            teacher=teacher,
-            scale_lr_ratio=float(args.get("scale_ratio", 0.1)),
-            parallel=Parallel(compile_blocks=args.get("compile", "0") == "1"),
-        )
-        data = PackedText(
-            texts(folder), seq_len=1024, batch_size=int(args.get("batch", 16)), shuffle_seed=int(args.get("seed", 0))
-        )
-        api.bind_data(data, student)
-        trainer_args = {
-            "max_steps": steps,
-            "accelerator": "auto",
-            "devices": 1,
-            "precision": "bf16-mixed",
-            "gradient_clip_val": float(args.get("clip", 1.0)),
-            "accumulate_grad_batches": int(args.get("accumulate", 1)),
-            "enable_progress_bar": False,
-            "limit_val_batches": 0,
-        }
-        trainer = api.make_trainer(trainer_args, None)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        started = time.monotonic()
-        trainer.fit(module, datamodule=data, weights_only=True)
-        seconds = time.monotonic() - started
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-        numbers = api.evaluate(student, judges, judge, device=device)
-        tokens = steps * int(args.get("batch", 16)) * int(args.get("accumulate", 1)) * 1024
-        row = {"setting": setting, "rtn": measured_rtn[scheme], "student": numbers, "seconds": seconds,
-               "tokens_per_s": tokens / seconds, "peak_gib": peak}  # fmt: skip
+        try:
+            row = train_one(setting, source, original, tokenizer, judge, folder, measured_rtn, device)
+        except Exception:  # the other settings have their time on the device too
+            print(f"{setting} failed\n{traceback.format_exc()[-1500:]}", flush=True)
+            continue
         with (out / "sweep.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(describe(row), flush=True)
+
+
+def train_one(
+    setting: str,
+    source: ModelSource,
+    original: SplitModel,
+    tokenizer: Any,
+    judge: FrozenTeacher,
+    folder: Path,
+    measured_rtn: dict[str, Any],
+    device: str,
+) -> dict[str, Any]:
+    """Prepare, measure RTN, train and measure one setting; the row for the table."""
+    scheme, *pairs = setting.split(",")
+    args = dict(pair.split("=") for pair in pairs)
+    torch.manual_seed(int(args.get("seed", 0)))
+    asym = "ASYM" in scheme
+    quantizer: Any = {
+        "lsq": partial(LSQ, learn_zero_point=asym and args.get("zero", "0") == "1"),
+        "minmax": MinMax,
+        "fixed": Fixed,
+        "seq": SEQ,
+    }[args.get("quantizer", "lsq")]
+    initializer = {"mse": MSEGrid, "rtn": RTN, "fpq": FPQ}[args.get("init", "mse")]()
+    deploy: Any = ("activation",) if args.get("deploy") == "1" else ()
+    allocator = Uniform(scheme, kv_cache=args.get("kv"), deploy_only=deploy)
+    split = copy.deepcopy(original).to(device)  # searches are the GPU's work
+    student = prepare_student(
+        source, allocator, quantizer, initializer, calibration=calibration(folder), split=split, tokenizer=tokenizer
+    )
+    judges = [e for e in evaluators(folder) if args.get("only", e.label) == e.label]
+    for evaluator in judges:
+        evaluator.limit = int(args["windows"]) if "windows" in args else None
+    base = f"{scheme},{args.get('init')}" if args.get("init") == "fpq" else scheme
+    if base not in measured_rtn:
+        with as_rtn(student) as rtn:
+            measured_rtn[base] = api.evaluate(rtn, judges, judge, device=device)
+    for name, parameter in split.named_parameters():
+        parameter.requires_grad_("frozen" not in args or args["frozen"] not in name)
+    loss: Any = LOSSES[args.get("loss", "kl")]()
+    if "hidden" in args:
+        loss = WeightedSum([loss, HiddenStates("mse")], [1.0, float(args["hidden"])])
+    if "cosine" in args:
+        loss = WeightedSum([loss, HiddenStates("cosine")], [1.0, float(args["cosine"])])
+    steps = int(args.get("steps", 300))
+    teacher = FrozenTeacher(dtype="bfloat16")
+    teacher.prepare(source, original, tokenizer, pristine=True)
+    module = KDQATModule.from_student(
+        student,
+        plan=allocator,
+        quantizer=quantizer,
+        loss=loss,
+        optimizer=optimizer_of(args, fused=device == "cuda"),
+        scheduler=partial(
+            WarmupCosine, warmup_steps=int(args.get("warmup", 20)), final_ratio=float(args.get("final", 0.0))
+        ),
+        teacher=teacher,
+        scale_lr_ratio=float(args.get("scale_ratio", 0.1)),
+        parallel=Parallel(compile_blocks=args.get("compile", "0") == "1"),
+    )
+    data = PackedText(
+        texts(folder), seq_len=1024, batch_size=int(args.get("batch", 16)), shuffle_seed=int(args.get("seed", 0))
+    )
+    api.bind_data(data, student)
+    trainer_args = {
+        "max_steps": steps,
+        "accelerator": "auto",
+        "devices": 1,
+        "precision": "bf16-mixed",
+        "gradient_clip_val": float(args.get("clip", 1.0)),
+        "accumulate_grad_batches": int(args.get("accumulate", 1)),
+        "enable_progress_bar": False,
+        "limit_val_batches": 0,
+    }
+    trainer = api.make_trainer(trainer_args, None)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()  # settings share their code: without it the recompile limit makes later ones eager
+    started = time.monotonic()
+    trainer.fit(module, datamodule=data, weights_only=True)
+    seconds = time.monotonic() - started
+    for part in split.modules():
+        part._compiled_call_impl = None  # evaluation is fp32 in other shapes: not worth compiling once more
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    numbers = api.evaluate(student, judges, judge, device=device)
+    tokens = steps * int(args.get("batch", 16)) * int(args.get("accumulate", 1)) * 1024
+    return {"setting": setting, "rtn": measured_rtn[base], "student": numbers, "seconds": seconds,
+           "tokens_per_s": tokens / seconds, "peak_gib": peak}  # fmt: skip
 
 
 def optimizer_of(args: dict[str, str], fused: bool) -> Any:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from kdqat import api
+from kdqat.calibrate import Calibration, layer_inputs, stream_blocks
 from kdqat.initializers import RTN
 from kdqat.losses import ForwardKL
-from kdqat.spec import QuantPlan, preset
-from kdqat.types import LayerRef
+from kdqat.spec import LayerScheme, QuantPlan, QuantSpec, parse_kv_cache, preset
+from kdqat.types import BlockView, LayerRef
 from tests.contracts import test_allocators, test_exporters, test_initializers, test_losses, test_quantizers
 from tests.docs.examples import NAMES, PAGES, SNIPPET, SOURCE, parsed, student
 from tests.quant.specs import SOME_GRIDS, make_spec, spec_id
@@ -24,7 +25,7 @@ every_grid = pytest.mark.parametrize("spec", SOME_GRIDS, ids=spec_id)
 
 def test_there_is_a_page_for_every_kind_and_the_index_names_it():
     kinds = {"quantizer", "loss", "initializer", "allocator", "exporter", "evaluator", "callback", "data_source"}
-    assert set(NAMES) == {*kinds, "model_family"}
+    assert set(NAMES) == {*kinds, "format", "model_family"}
     index = (PAGES / "README.md").read_text()
     assert all(f"({name}.md)" in index for name in NAMES)
 
@@ -44,7 +45,8 @@ def test_the_recipe_of_a_page_parses_and_builds_the_example(page, folder, tmp_pa
     built.append(recipe.model.quantizer(preset("W4A16").weight, torch.Size((8, 32))))
     own = {type(part).__module__ for part in built} & {path.stem for path in folder.glob("*.py")}
     mine = {name for _, name in SOURCE.findall((PAGES / f"{page}.md").read_text())}
-    assert own <= mine and (own or page == "model_family")  # a family is found by the model's own type
+    # a family is found by the model's own type, and a format's levels stand in the recipe
+    assert own <= mine and (own or page in ("format", "model_family"))
 
 
 @every_grid
@@ -131,6 +133,39 @@ def test_the_initializer_keeps_objects_and_weights_clips_outliers_and_refuses_li
     assert (scales[1] < scales[0]).all()
 
 
+def test_the_initializer_with_inputs_clips_for_what_a_layer_sees(example):
+    cls, text = example("weighted_clip").WeightedClip, Calibration("kdqat:prose", seq_len=32, num_rows=4)
+    plain, weighted = (student("W3A16", initializer=made, calibration=text) for made in (RTN(), cls()))
+    errors = {}
+    for call in stream_blocks(plain.split, text.batches(plain.tokenizer)):
+        names = [name for name in plain.layers if call.prefix and name.startswith(call.prefix)]
+        for name, inputs in layer_inputs(call, names, max_tokens=4096).items():
+            layers = [made.layers[name] for made in (plain, weighted)]
+            wrong = [(layer.fake_quantized_weight() - layer.weight).detach().square() for layer in layers]
+            errors[name] = [float((square * inputs.square().mean(0)).sum()) for square in wrong]
+    assert len(errors) == 14
+    assert all(ours <= theirs for theirs, ours in errors.values())
+    assert sum(ours < theirs for theirs, ours in errors.values()) > 7
+    with pytest.raises(ValueError, match=r"model\.calibration is missing"):
+        student("W3A16", initializer=cls())
+
+
+def test_the_initializer_with_inputs_lets_go_of_an_outlier_that_no_input_meets(example):
+    class OneFeature:
+        num_tokens = 8
+
+        def run(self, on_input):
+            for listener in on_input.values():
+                listener(torch.eye(32)[3].repeat(8, 1))
+
+    plain = test_initializers.make_block(preset("W4A16").weight)
+    layer = plain.layers["block.a"]
+    with torch.no_grad():
+        layer.weight[:, 0], layer.weight[:, 3] = 1.0, 0.07  # 0.07 is half a step of 1/7
+    example("weighted_clip").WeightedClip().initialize(BlockView(0, plain.layers, OneFeature()))
+    torch.testing.assert_close(layer.weight_fake_quantizer.scale, torch.full((12, 1, 1), 0.5 / 7), rtol=1e-3, atol=0)
+
+
 def test_the_allocator_meets_the_allocator_contract_and_spends_at_the_edges(example, tmp_path, monkeypatch):
     cls = example("edges_high").EdgesHigh
     monkeypatch.setitem(test_allocators.ARGUMENTS, cls, lambda _: cls("W4A16_G32", "W8A16"))
@@ -160,7 +195,13 @@ def test_the_exporter_refuses_what_it_cannot_hold_and_leaves_the_student_alone(e
     cls = example("codes_file").CodesFile
     test_exporters.test_what_it_refuses_is_a_reason_or_nothing(cls)
     test_exporters.test_exporting_leaves_the_student_as_it_was(cls, tmp_path)
-    with pytest.raises(ValueError, match="q_proj: only symmetric weights fit"):
+    for scheme in ("FP4_E2M1", "GGUF_Q4_1", "W2A16_HALF", "QUEST_W4A16"):
+        assert "only symmetric integer" in cls().refuses(QuantPlan({"a": preset(scheme)}))
+    rotated = LayerScheme(weight=QuantSpec(format="int4", hadamard=32))
+    assert "only symmetric integer" in cls().refuses(QuantPlan({"a": rotated}))
+    cached = QuantPlan({"a": preset("W4A8")}, kv_cache=parse_kv_cache("KV8"))
+    assert cls().refuses(cached).startswith("there is no place for activations, the KV cache")
+    with pytest.raises(ValueError, match="q_proj: only symmetric integer weights fit"):
         api.export(student("W4A16_ASYM_G32"), cls(), tmp_path / "asymmetric")
 
 
