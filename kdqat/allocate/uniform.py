@@ -60,10 +60,8 @@ class Uniform(BitAllocator):
         planned: dict[str, LayerScheme] = {}
         ignored = []
         for layer in matmuls:
-            stays = layer.role == ROUTER and not {layer.role, layer.name} & set(
-                self.overrides
-            )  # a glob means no router
-            if stays or any(matches(pattern, layer) for pattern in self.ignore):
+            named = bool({layer.role, layer.name} & set(self.overrides))  # a router is meant by name, never by a glob
+            if (layer.role == ROUTER and not named) or any(matches(pattern, layer) for pattern in self.ignore):
                 ignored.append(layer.name)
                 continue
             planned[layer.name] = self.scheme

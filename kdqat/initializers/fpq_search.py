@@ -10,8 +10,7 @@ Letters: T tokens, O out, I in. Scales are in units of kdqat's grids (bias 2^(e-
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -82,18 +81,7 @@ def coordinate_search(
 
 def search_table(table: Tensor, candidates: Candidates) -> list[Choice]:
     """For every format the best scale of each row, by the error of the table [V, H] itself."""
-    choices = []
-    for spec, scales in candidates:
-        grid, best_scale, best = _grid(spec, table), scales[0], None
-        for scale in scales:
-            error = (quantized(table, scale, spec, grid) - table).square().sum(1)
-            error = error.sum().reshape(1) if spec.granularity == "tensor" else error.reshape(-1, 1, 1)
-            better = error < best if best is not None else torch.ones_like(error, dtype=torch.bool)
-            best_scale = torch.where(better, scale, best_scale)
-            best = error if best is None else torch.where(better, error, best)
-        assert best is not None
-        choices.append(Choice(spec, best_scale, float(best.sum())))
-    return choices
+    return _best_scales(table, candidates, lambda trial: (trial - table).square().sum(1))
 
 
 def candidate_specs(spec: QuantSpec, search_format: bool) -> list[QuantSpec]:
@@ -139,42 +127,45 @@ def search_weight(weight: Tensor, inputs: Tensor, target: Target, candidates: Ca
     """
     gram, cross = inputs.T @ inputs, target.outputs.T @ inputs  # G [I, I], c [O, I]
     constant = target.outputs.square().sum(0)
-    choices = []
-    for spec, scales in candidates:
-        grid = _grid(spec, weight)
-        best_scale, best = scales[0], None
-        for scale in scales:
-            trial = quantized(weight, scale, spec, grid)
-            error = (trial @ gram * trial).sum(1) - 2 * (trial * cross).sum(1) + constant  # [O]
-            if spec.granularity == "tensor":
-                error = error.sum().reshape(1)
-            if best is None:
-                best = error
-                continue
-            better = error < best
-            best = torch.where(better, error, best)
-            mask = better.reshape(-1, 1, 1) if spec.granularity == "channel" else better
-            best_scale = torch.where(mask, scale, best_scale)
-        assert best is not None
-        choices.append(Choice(spec, best_scale, float(best.sum())))
-    return choices
+
+    def error(trial: Tensor) -> Tensor:  # [O]
+        return (trial @ gram * trial).sum(1) - 2 * (trial * cross).sum(1) + constant
+
+    return _best_scales(weight, candidates, error)
 
 
 def search_activation(weight: Tensor, target: Target, candidates: Candidates) -> list[Choice]:
     """For every format the best scale of the activations, given the quantized `weight` W^ [O, I]."""
     square = weight.T @ weight if weight.shape[1] < weight.shape[0] else None
     back = target.outputs @ weight  # [T, I]
-    constant = float(target.outputs.square().sum())
+    constant = target.outputs.square().sum().double()  # in fp32 small differences of errors would be rounded away
+
+    def error(trial: Tensor) -> Tensor:  # 0-D
+        energy = (trial @ square * trial).sum() if square is not None else (trial @ weight.T).square().sum()
+        return (energy - 2 * (trial * back).sum()).double() + constant
+
+    return _best_scales(target.inputs, candidates, error)
+
+
+def _best_scales(x: Tensor, candidates: Candidates, error_of: Callable[[Tensor], Tensor]) -> list[Choice]:
+    """For every format the scale under which x has the least error, channel by channel; the first of equals.
+
+    Nothing waits for the device but the sum at the end of a format.
+
+    Args:
+        error_of: fake-quantized x -> its error, one number a row [O] or one for all (0-D).
+    """
     choices = []
     for spec, scales in candidates:
-        grid, best_scale, best = _grid(spec, weight), scales[0], math.inf
+        grid, best_scale, best = _grid(spec, x), scales[0], None
         for scale in scales:
-            trial = quantized(target.inputs, scale, spec, grid)
-            energy = (trial @ square * trial).sum() if square is not None else (trial @ weight.T).square().sum()
-            error = float(energy - 2 * (trial * back).sum()) + constant
-            if error < best:
-                best, best_scale = error, scale
-        choices.append(Choice(spec, best_scale, best))
+            error = error_of(quantized(x, scale, spec, grid))
+            error = error.reshape(-1, 1, 1) if spec.granularity == "channel" else error.sum().reshape(1)
+            better = error < best if best is not None else torch.ones_like(error, dtype=torch.bool)
+            best_scale = torch.where(better, scale, best_scale)
+            best = torch.where(better, error, best) if best is not None else error
+        assert best is not None
+        choices.append(Choice(spec, best_scale, float(best.sum())))
     return choices
 
 

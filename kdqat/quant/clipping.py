@@ -8,6 +8,7 @@ from torch import Tensor
 from kdqat.quant import scales
 from kdqat.quant.formats import Grid
 from kdqat.quant.functional import fake_quantize
+from kdqat.quant.grouping import shared_dims
 from kdqat.quant.ranges import choose_qparams
 from kdqat.spec import QuantSpec
 from kdqat.types import QParams
@@ -48,6 +49,5 @@ def _as_stored(qparams: QParams, spec: QuantSpec) -> QParams:
 def _error(groups: Tensor, qparams: QParams, grid: Grid, spec: QuantSpec, norm: float) -> Tensor:
     """Summed over whatever shares a scale, in the shape of the scale."""
     error = (fake_quantize(groups, qparams, grid, spec) - groups).abs().pow(norm)
-    if spec.granularity == "tensor":
-        return error.sum().reshape(1)
-    return error.sum((0, 1) if spec.granularity == "feature" else 2, keepdim=True)
+    error = error.sum(shared_dims(spec), keepdim=True)
+    return error.reshape(1) if spec.granularity == "tensor" else error

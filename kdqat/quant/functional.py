@@ -38,6 +38,11 @@ def replace_ste(x: Tensor, value: Tensor) -> Tensor:
     return value.detach() + (x - x.detach())
 
 
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """x exactly, with its gradient multiplied by `factor`: the difference below is exactly zero."""
+    return x.detach() + (x - x.detach()) * factor
+
+
 def fake_quantize(groups: Tensor, qparams: QParams, grid: Grid, spec: QuantSpec, ste: STE = "clipped") -> Tensor:
     """dequantize(quantize(groups)) bit for bit, with gradients for groups, scale and zero point.
 

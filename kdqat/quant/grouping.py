@@ -19,6 +19,11 @@ def from_groups(groups: Tensor) -> Tensor:
     return groups.reshape(groups.shape[0], -1)
 
 
+def shared_dims(spec: QuantSpec) -> tuple[int, ...]:
+    """The dimensions of [rows, N, G] along which elements share a scale."""
+    return {"tensor": (0, 1, 2), "feature": (0, 1)}.get(spec.granularity, (2,))
+
+
 def rotate(tensor: Tensor, block: int | None) -> Tensor:
     """Multiply blocks of `block` last-dimension elements by the orthogonal Hadamard matrix, its own inverse.
 

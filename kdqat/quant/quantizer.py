@@ -84,6 +84,13 @@ class FakeQuantizer(nn.Module, ABC):
         """Where the RTN initializer starts for `groups` [O, N, G]: the spec's scale rule, or the method's own start."""
         return choose_qparams(groups, self.grid, self.spec)
 
+    def learn(self, *names: str) -> None:
+        """Turn buffers (scale, zero_point) into Parameters; for the constructor of a method that trains them."""
+        for name in names:
+            start = getattr(self, name)
+            delattr(self, name)
+            setattr(self, name, nn.Parameter(start))
+
     @property
     def grid(self) -> Grid:
         """The levels, as tensors on this module's device."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdqat.quant.formats import Grid, power_of_two
+from kdqat.quant.grouping import shared_dims
 from kdqat.spec import QuantSpec
 from kdqat.spec.scale_dtype import NESTED
 from kdqat.types import QParams
@@ -28,7 +29,7 @@ def choose_qparams(groups: Tensor, grid: Grid, spec: QuantSpec, shrink: float | 
         QParams of shape `spec.qparam_shape` (dynamic ranges: one row a token); a group of zeros gets scale 1.
         Where 1 would do harm, on grids without a zero and in scales with a second level, it gets next to nothing.
     """
-    dims = {"tensor": (0, 1, 2), "feature": (0, 1)}.get(spec.granularity, (2,))
+    dims = shared_dims(spec)
     if spec.symmetric:
         scale = _symmetric_scale(groups, grid, spec, dims, shrink)
         zero_point = torch.zeros_like(scale)

@@ -1,8 +1,8 @@
 """What a scale is stored as: rounding it there, with a second level where the format has one.
 
 `fit` chooses the second level (NVFP4's global scale, the blocks of double quantization, the super-blocks of K-quants)
-once, when scales are set; `round` puts scales on the grid that this second level spans. Both are plain functions of
-tensors, without gradients; `round_ste` around them is the quantizer's. `store` gives what an exporter writes.
+once, when scales are set; `round_scale` and `round_minimum` put numbers on the grid that this second level spans. All
+are plain functions of tensors without gradients; the quantizer puts `functional.replace_ste` around them.
 
 Letters: scale [O, N, 1], [O, 1, 1] or [1]; S groups to a super-block.
 """

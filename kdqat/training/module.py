@@ -76,7 +76,8 @@ class KDQATModule(L.LightningModule):
                 "of bf16 weights); the forward pass runs in bf16 with trainer.precision: bf16-mixed"
             )
         self.source, self.allocator, self.quantizer, self.loss = student, plan, quantizer, loss
-        self.activation_quantizer, self.calibration = activation_quantizer, calibration
+        self.activation_quantizer = activation_quantizer or default_activation_quantizer
+        self.calibration = calibration
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.initializer = initializer if initializer is not None else RTN()
         self.scale_lr_ratio = scale_lr_ratio
@@ -151,10 +152,7 @@ class KDQATModule(L.LightningModule):
 
     def load(self, folder: Path) -> Student:
         """A saved student whose scales this module's quantizers take as their start."""
-        activation = (
-            self.activation_quantizer if self.activation_quantizer is not None else default_activation_quantizer
-        )
-        return load_student(folder, self.quantizer, activation)
+        return load_student(folder, self.quantizer, self.activation_quantizer)
 
     def configure_model(self) -> None:
         if self._configured:

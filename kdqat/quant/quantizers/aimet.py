@@ -16,7 +16,7 @@ qmax steps of theta: AIMET's own pace is `scale_lr_ratio` 1/qmax (1/7 for 4 bits
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdqat.quant.functional import dequantize, quantize, replace_ste
 from kdqat.quant.quantizer import FakeQuantizer
@@ -41,10 +41,7 @@ class AIMETRange(FakeQuantizer):
                 f"AIMETRange is for integers with zero_point 'none' or 'integer', not {spec.format} with "
                 f"zero_point={spec.zero_point!r}: use LSQ there"
             )
-        for name in ("scale",) if spec.symmetric else ("scale", "zero_point"):
-            start = getattr(self, name)
-            delattr(self, name)
-            setattr(self, name, nn.Parameter(start))
+        self.learn("scale", *([] if spec.symmetric else ["zero_point"]))
 
     def qparams(self, groups: Tensor) -> QParams:
         return QParams(self.scale, self.zero_point)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdqat.quant.functional import STE, replace_ste
+from kdqat.quant.grouping import shared_dims
 from kdqat.quant.quantizer import FakeQuantizer
 from kdqat.quant.ranges import choose_qparams
 from kdqat.spec import QuantSpec
@@ -48,7 +49,7 @@ class LearnedClipping(FakeQuantizer):
             scale, zero_point = choose_qparams(groups, self.grid, self.spec, share.detach())
             # by hand, because a power of two (scale rule "mx") has no gradient of its own; the other rules are linear
             return QParams(replace_ste(scale * (share / share.detach()), scale), zero_point)
-        dims = {"tensor": (0, 1, 2), "feature": (0, 1)}.get(self.spec.granularity, (2,))
+        dims = shared_dims(self.spec)
         low, high = groups.amin(dims, keepdim=True), groups.amax(dims, keepdim=True)
         ends = torch.cat((low * torch.sigmoid(self.gamma_min), high * share), dim=dims[0])
         return choose_qparams(ends, self.grid, self.spec)

@@ -12,9 +12,9 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdqat.quant.functional import STE
+from kdqat.quant.functional import STE, scale_gradient
 from kdqat.quant.quantizer import FakeQuantizer
 from kdqat.spec import QuantSpec
 from kdqat.types import QParams
@@ -49,12 +49,7 @@ class LSQ(FakeQuantizer):
             raise ValueError(f"gradient_scale {gradient_scale!r} is unknown: use shared, layer or none")
         self.learn_zero_point = learn_zero_point
         self.gradient_scale = gradient_scale
-        scale, zero_point = self.scale, self.zero_point
-        del self.scale
-        self.scale = nn.Parameter(scale)
-        if learn_zero_point:
-            del self.zero_point
-            self.zero_point = nn.Parameter(zero_point)
+        self.learn("scale", *(["zero_point"] if learn_zero_point else []))
 
     def qparams(self, groups: Tensor) -> QParams:
         if self.gradient_scale == "none":
@@ -62,10 +57,5 @@ class LSQ(FakeQuantizer):
         num_weights = math.prod(self.shape)
         sharing = num_weights if self.gradient_scale == "layer" else num_weights / self.scale.numel()
         factor = torch.rsqrt(sharing * self.qmax)
-        zero_point = _scale_gradient(self.zero_point, factor) if self.learn_zero_point else self.zero_point
-        return QParams(_scale_gradient(self.scale, factor), zero_point)
-
-
-def _scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
-    """x exactly, with its gradient multiplied by `factor`: the difference below is exactly zero."""
-    return x.detach() + (x - x.detach()) * factor
+        zero_point = scale_gradient(self.zero_point, factor) if self.learn_zero_point else self.zero_point
+        return QParams(scale_gradient(self.scale, factor), zero_point)

@@ -10,9 +10,9 @@ one token: a batch of any size then gives the step size the same share.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdqat.quant.functional import STE
+from kdqat.quant.functional import STE, scale_gradient
 from kdqat.quant.quantizer import FakeQuantizer
 from kdqat.spec import QuantSpec
 from kdqat.types import QParams
@@ -32,20 +32,10 @@ class LSQPlus(FakeQuantizer):
     def __init__(self, spec: QuantSpec, shape: torch.Size, learn_zero_point: bool = True, ste: STE = "clipped") -> None:
         super().__init__(spec, shape, ste)
         self.learn_zero_point = learn_zero_point and not spec.symmetric
-        scale, zero_point = self.scale, self.zero_point
-        del self.scale
-        self.scale = nn.Parameter(scale)
-        if self.learn_zero_point:
-            del self.zero_point
-            self.zero_point = nn.Parameter(zero_point)
+        self.learn("scale", *(["zero_point"] if self.learn_zero_point else []))
 
     def qparams(self, groups: Tensor) -> QParams:
         sharing = self.shape[-1] / self.scale.numel()  # features of a token that share a scale
         factor = torch.rsqrt(sharing * self.qmax)
-        zero_point = _scaled(self.zero_point, factor) if self.learn_zero_point else self.zero_point
-        return QParams(_scaled(self.scale, factor), zero_point)
-
-
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x exactly, with its gradient multiplied by `factor`: the difference below is exactly zero."""
-    return x.detach() + (x - x.detach()) * factor
+        zero_point = scale_gradient(self.zero_point, factor) if self.learn_zero_point else self.zero_point
+        return QParams(scale_gradient(self.scale, factor), zero_point)

@@ -19,9 +19,9 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdqat.quant.functional import dequantize, quantize, replace_ste
+from kdqat.quant.functional import dequantize, quantize, replace_ste, scale_gradient
 from kdqat.quant.quantizer import FakeQuantizer
 from kdqat.quant.ranges import choose_qparams
 from kdqat.spec import QuantSpec
@@ -48,9 +48,7 @@ class SEQ(FakeQuantizer):
                 "SEQ is for int2 with zero_point='half' (preset W2A16_HALF), ternary and binary, "
                 f"not {spec.format} with zero_point={spec.zero_point!r}: use LSQ there"
             )
-        scale = self.scale
-        del self.scale
-        self.scale = nn.Parameter(scale)
+        self.learn("scale")
 
     def initial_qparams(self, groups: Tensor) -> QParams:
         # absmax_half is absmax / (qmax + 1/2), that is alpha = absmax
@@ -60,8 +58,7 @@ class SEQ(FakeQuantizer):
     def qparams(self, groups: Tensor) -> QParams:
         # 2^(b-1) - 1 of the paper's gradient scale is 1 for all its formats
         factor = torch.rsqrt(math.prod(self.shape) * (self.qmax - 0.5).clamp(min=1.0))
-        scaled = self.scale.detach() + (self.scale - self.scale.detach()) * factor
-        return QParams(scaled, self.zero_point)
+        return QParams(scale_gradient(self.scale, factor), self.zero_point)
 
     def fake_quantize(self, groups: Tensor, qparams: QParams) -> Tensor:
         levels = quantize(groups, qparams, self.grid, self.spec).detach()
