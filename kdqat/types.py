@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     attention_mask: Tensor | None = None  # [B, T] 1 real, 0 padding; None: nothing is padded
     segment_ids: Tensor | None = None  # [B, T] int64
     position_ids: Tensor | None = None  # [B, T] int64, restarting with every segment
+    row_keys: tuple[bytes, ...] | None = None  # B digests of the rows as a model sees them: a cached teacher's keys
 
 
 class QParams(NamedTuple):
@@ -40,14 +41,32 @@ class QParams(NamedTuple):
     zero_point: Tensor
 
 
+class Projection(NamedTuple):
+    """A head that is one matmul and a function of each logit: logits = transform(hidden @ weight.T + bias)."""
+
+    weight: Tensor  # [V, H] as the head computes with it (fake-quantized), differentiable, before autocast
+    bias: Tensor | None  # [V]
+    transform: Callable[[Tensor], Tensor]  # [..., V] -> [..., V']: logit scale, soft-cap, cut vocabulary; pure
+
+
 class Outputs(NamedTuple):
     """What a model answers. `head` turns hidden states into the model's own logits: bias, soft-cap and logit
     scale included. It is a *call*, because F.linear on the head's weight is wrong for about 30 families and
-    breaks under FSDP2."""
+    breaks under FSDP2. Where the head is one matmul all the same, `projection` gives its parts."""
 
     hidden: Tensor  # [B, T, H] after the final norm
     head: Callable[[Tensor], Tensor]  # [..., H] -> [..., V]
     extras: Mapping[str, tuple[Tensor, ...]]  # whatever was in `wants`: "hidden_states", "attentions"
+    projection: Callable[[], Projection] | None = None  # None: only `head` knows how
+
+
+class TopKOutputs(NamedTuple):
+    """What a teacher answers that kept its k largest log-probabilities and the probability of all other tokens."""
+
+    ids: Tensor  # [B, T, k] integer
+    log_probs: Tensor  # [B, T, k], of the full vocabulary at temperature 1
+    log_tail: Tensor  # [B, T] log of the probability outside the k; -inf: none
+    extras: Mapping[str, tuple[Tensor, ...]]  # empty, as for `Outputs`
 
 
 class LossParts(NamedTuple):
