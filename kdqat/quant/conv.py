@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kdqat.quant.layer import FakeQuantLayer
+from kdqat.quant.layer import FakeQuantLayer, autocast_dtype
 
 
 class FakeQuantConv2d(FakeQuantLayer, nn.Conv2d):
@@ -27,5 +27,5 @@ class FakeQuantConv2d(FakeQuantLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.quantized_input(x.movedim(-3, -1)).movedim(-1, -3)
-        y = self._conv_forward(x, self.fake_quantized_weight(), self.bias)
+        y = self._conv_forward(x, self.fake_quantized_weight(autocast_dtype(self.weight)), self.bias)
         return self.quantized_output(y.movedim(-3, -1)).movedim(-1, -3)

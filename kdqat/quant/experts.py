@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdqat.quant.layer import default_activation_quantizer, make_activation_quantizer, twin
+from kdqat.quant.layer import autocast_dtype, default_activation_quantizer, make_activation_quantizer, twin
 from kdqat.quant.quantizer import FakeQuantizer, QuantizerFactory
 from kdqat.spec import LayerScheme
 
@@ -116,7 +116,8 @@ class FakeQuantExperts(nn.Module):
             hidden_states: [tokens, H].
             top_k_index, top_k_weights: [tokens, k], chosen experts and their shares; an index of E counts nothing.
         """
-        gate_up, down = (self.part(name).fake_quantized_weight() for name in EXPERT_WEIGHTS)
+        parts = [self.part(name) for name in EXPERT_WEIGHTS]
+        gate_up, down = (part.fake_quantized_weight(autocast_dtype(part.weight)) for part in parts)
         states = self._quantized_input(hidden_states, "gate_up_proj")
         out = torch.zeros_like(hidden_states)
         for expert in range(gate_up.shape[0]):
@@ -177,7 +178,7 @@ class ExpertWeight:
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.weight.shape)
 
-    def fake_quantized_weight(self) -> Tensor:
+    def fake_quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         if self.weight_fake_quantizer is None or not self.experts.fake_quantize:
             return self.weight
-        return self.from_matrix(self.weight_fake_quantizer(self.as_matrix(self.weight)))
+        return self.from_matrix(self.weight_fake_quantizer(self.as_matrix(self.weight), dtype))

@@ -10,7 +10,7 @@ Shapes: groups [O, N, G] (O rows, N groups, G group size); scale and zero_point 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,23 +24,49 @@ STE = Literal["plain", "clipped", "trust", "attenuated"]
 ATTENUATION_WIDTH = 0.25  # share of half a step, next to a threshold, in which "attenuated" lets the gradient fall to 0
 
 
+class _Replace(torch.autograd.Function):
+    """See `replace_ste`; a Function, because x.detach() arithmetic would cost three passes and keep nothing useful."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """See `scale_gradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (factor,) = ctx.saved_tensors
+        return grad * factor, None
+
+
 def round_ste(x: Tensor) -> Tensor:
     """round(x) with gradient 1."""
-    return replace_ste(x, x.round())
+    return replace_ste(x, x.detach().round())
 
 
 def replace_ste(x: Tensor, value: Tensor) -> Tensor:
-    """`value` exactly, with the gradient of x: the difference below is exactly zero.
+    """`value` exactly, of the shape of x, with the gradient of x.
 
     Never `x.to(dtype).float()`: autograd casts the gradient too, and in fp16 1e-9 becomes 0 and 1e5 inf; in fp8
     nearly every gradient is 0.
     """
-    return value.detach() + (x - x.detach())
+    return _Replace.apply(x, value)  # type: ignore[no-any-return]
 
 
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
-    """x exactly, with its gradient multiplied by `factor`: the difference below is exactly zero."""
-    return x.detach() + (x - x.detach()) * factor
+    """x exactly, with its gradient multiplied by `factor`."""
+    return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return]
 
 
 def fake_quantize(groups: Tensor, qparams: QParams, grid: Grid, spec: QuantSpec, ste: STE = "clipped") -> Tensor:
@@ -78,6 +104,51 @@ def _level_ste(steps: Tensor, low: Tensor, high: Tensor, grid: Grid, ste: STE) -
         return replace_ste(steps * (distance <= gap), level)
     share = ((gap - distance) / (ATTENUATION_WIDTH * gap)).clamp(0, 1)
     return replace_ste(clipped * share, level)
+
+
+def fake_quantize_backward(
+    grad: Tensor, groups: Tensor, qparams: QParams, grid: Grid, spec: QuantSpec, ste: STE = "clipped"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of `fake_quantize` in closed form, from its inputs alone: nothing of the forward pass is needed.
+
+    With steps t, level L and the share m of the gradient that the STE lets through to the weight:
+        weight m, scale L - m t, integer zero point -scale where t is clipped, minimum 1 - m; all times `grad`.
+
+    Returns:
+        Gradients of groups [O, N, G], of the scale and of the zero point before they are summed over what shares them
+        (None: no gradient).
+    """
+    scale, zero_point = qparams
+    low, high = grid.low, grid.high
+    if spec.zero_point == "integer":
+        low, high = low - zero_point, high - zero_point
+    steps = ((groups - zero_point) if spec.zero_point == "minimum" else groups) / scale
+    clipped = torch.clamp(steps, low, high)
+    level = nearest(clipped, grid)
+    of_groups, of_bounds = _split_gradient(grad, steps, clipped, level, grid, ste)
+    of_scale = grad * level - of_groups * steps
+    of_zero = None
+    if spec.zero_point == "minimum":
+        of_zero = grad - of_groups
+    elif spec.zero_point == "integer" and of_bounds is not None:
+        of_zero = -of_bounds * scale
+    return of_groups, of_scale, of_zero
+
+
+def _split_gradient(
+    grad: Tensor, steps: Tensor, clipped: Tensor, level: Tensor, grid: Grid, ste: STE
+) -> tuple[Tensor, Tensor | None]:
+    """What `ste` lets through to the weight, and, from clipped weights, to the ends of the range (None: nothing)."""
+    if ste == "plain":
+        return grad, None
+    inside = steps == clipped
+    if ste == "clipped":
+        return grad * inside, grad * ~inside
+    gap, distance = half_gap(clipped, level, grid), (level - steps).abs()
+    if ste == "trust":
+        return grad * (distance <= gap), None
+    through = grad * ((gap - distance) / (ATTENUATION_WIDTH * gap)).clamp(0, 1)
+    return through * inside, through * ~inside
 
 
 def quantize(groups: Tensor, qparams: QParams, grid: Grid, spec: QuantSpec) -> Tensor:

@@ -25,6 +25,13 @@ def default_activation_quantizer(spec: QuantSpec, shape: torch.Size) -> FakeQuan
     return MinMax(spec, shape) if spec.dynamic else LSQPlus(spec, shape)
 
 
+def autocast_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a matmul takes `weight`: writing it at once saves the cast, and the copy in between."""
+    device = weight.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast and weight.dtype == torch.float32 else weight.dtype
+
+
 def make_activation_quantizer(
     key: str, spec: QuantSpec | None, width: int, factory: QuantizerFactory, rests: bool
 ) -> FakeQuantizer | None:
@@ -140,11 +147,11 @@ class FakeQuantLayer(nn.Module):
         for kind, quantizer in quantizers.items():
             setattr(self, f"{kind}_fake_quantizer", quantizer)
 
-    def fake_quantized_weight(self) -> Tensor:
-        """The weight as the layer computes with it, in its own shape, differentiable."""
+    def fake_quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as the layer computes with it, in its own shape and in `dtype` (None: its own), differentiable."""
         if self.weight_fake_quantizer is None or not self.fake_quantize:
             return self.weight
-        return self.from_matrix(self.weight_fake_quantizer(self.as_matrix(self.weight)))
+        return self.from_matrix(self.weight_fake_quantizer(self.as_matrix(self.weight), dtype))
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input [.., I] as the layer computes with it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdqat.quant.layer import FakeQuantLayer
+from kdqat.quant.layer import FakeQuantLayer, autocast_dtype
 
 
 class FakeQuantLinear(FakeQuantLayer, nn.Linear):
@@ -14,7 +14,8 @@ class FakeQuantLinear(FakeQuantLayer, nn.Linear):
     plain_class = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.quantized_output(F.linear(self.quantized_input(x), self.fake_quantized_weight(), self.bias))
+        weight = self.fake_quantized_weight(autocast_dtype(self.weight))
+        return self.quantized_output(F.linear(self.quantized_input(x), weight, self.bias))
 
 
 class FakeQuantConv1D(FakeQuantLayer):
@@ -35,4 +36,5 @@ class FakeQuantConv1D(FakeQuantLayer):
         return matrix.t()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.quantized_output(F.linear(self.quantized_input(x), self.fake_quantized_weight().t(), self.bias))
+        weight = self.fake_quantized_weight(autocast_dtype(self.weight))
+        return self.quantized_output(F.linear(self.quantized_input(x), weight.t(), self.bias))

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from kdqat.quant import scales
 from kdqat.quant.formats import Grid, decode, encode, grid_of
-from kdqat.quant.functional import STE, dequantize, fake_quantize, quantize, replace_ste, round_ste
+from kdqat.quant.functional import STE, dequantize, fake_quantize, quantize, replace_ste
 from kdqat.quant.grouping import rotate, to_groups
+from kdqat.quant.lean import fake_quantize_lean
 from kdqat.quant.ranges import choose_qparams
 from kdqat.spec import QuantSpec
 from kdqat.types import QParams
@@ -52,6 +53,7 @@ class FakeQuantizer(nn.Module, ABC):
     levels: Tensor | None
 
     uses_stored_qparams: ClassVar[bool] = True  # False: ranges come from the live tensor, an initializer's are void
+    live_range: ClassVar[bool] = False  # True: `qparams` is the spec's rule on the live tensor and nothing else
 
     def __init__(self, spec: QuantSpec, shape: torch.Size, ste: STE = "clipped") -> None:
         super().__init__()
@@ -62,6 +64,7 @@ class FakeQuantizer(nn.Module, ABC):
         self.spec = spec
         self.shape = torch.Size(shape)
         self.ste: STE = ste
+        self.own_arithmetic = type(self).fake_quantize is not FakeQuantizer.fake_quantize
         qparam_shape = spec.qparam_shape(shape)
         self.register_buffer("scale", torch.ones(qparam_shape))
         self.register_buffer("zero_point", torch.zeros(qparam_shape))
@@ -114,11 +117,15 @@ class FakeQuantizer(nn.Module, ABC):
         levels = to_groups(decode(codes, self.spec), self.spec)
         return rotate(dequantize(levels, qparams, self.spec).reshape(codes.shape), self.spec.hadamard)
 
-    def forward(self, tensor: Tensor) -> Tensor:
-        """Fake-quantized `tensor` [.., I], in its own dtype; computed in fp32."""
+    def forward(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Fake-quantized `tensor` [.., I] in `dtype` (None: its own); computed in fp32, keeping nothing (`lean.py`)."""
+        return fake_quantize_lean(self, tensor, tensor.dtype if dtype is None else dtype)
+
+    def composed(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `forward` computes, of ordinary differentiable operations: the reference."""
         groups = self.groups(tensor)
         values = self.fake_quantize(groups, self._stored(groups)).reshape(tensor.shape)
-        return rotate(values, self.spec.hadamard).to(tensor.dtype)
+        return rotate(values, self.spec.hadamard).to(dtype)
 
     def fake_quantize(self, groups: Tensor, qparams: QParams) -> Tensor:
         """Values of `groups` under stored `qparams`; a quantizer with a gradient of its own overrides it."""
@@ -208,16 +215,26 @@ class FakeQuantizer(nn.Module, ABC):
         """`tensor` [.., I] as it is rounded: fp32, rotated if the spec says so, [rows, N, G]."""
         return to_groups(rotate(tensor.float(), self.spec.hadamard), self.spec)
 
+    def as_stored(self, wanted: QParams) -> QParams:
+        """`wanted` scale and zero point rounded to what the spec stores, fp32; no gradient."""
+        scale, zero_point = wanted.scale.detach().float(), wanted.zero_point.detach().float()
+        dtype, second = self.spec.scale_dtype, self._second(wanted)
+        if self.spec.zero_point == "integer":
+            zero_point = torch.clamp(zero_point, self.qmin, self.qmax).round()
+        elif self.spec.zero_point == "minimum":
+            zero_point = scales.round_minimum(dtype, zero_point, second)
+        return QParams(scales.round_scale(dtype, scale, second), zero_point)
+
     def _stored(self, groups: Tensor) -> QParams:
         wanted = self.qparams(groups)
-        scale, zero_point = wanted.scale.float(), wanted.zero_point.float()
-        dtype, second = self.spec.scale_dtype, self._second(wanted)
-        scale = replace_ste(scale, scales.round_scale(dtype, scale.detach(), second))
+        stored = self.as_stored(wanted)
+        zero_point = wanted.zero_point.float()
         if self.spec.zero_point == "integer":
-            zero_point = round_ste(torch.clamp(zero_point, self.qmin, self.qmax))
-        elif self.spec.zero_point == "minimum":
-            zero_point = replace_ste(zero_point, scales.round_minimum(dtype, zero_point.detach(), second))
-        return QParams(scale, zero_point)
+            zero_point = torch.clamp(zero_point, self.qmin, self.qmax)  # no gradient beyond the codes
+        return QParams(
+            replace_ste(wanted.scale.float(), stored.scale),
+            zero_point if self.spec.zero_point in ("none", "half") else replace_ste(zero_point, stored.zero_point),
+        )
 
     def _second(self, wanted: QParams) -> Mapping[str, Tensor]:
         if self.uses_stored_qparams or self.spec.dynamic:  # of dynamic ranges: calibrated, as engines store it

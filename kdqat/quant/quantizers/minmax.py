@@ -28,6 +28,7 @@ class MinMax(FakeQuantizer):
     """
 
     uses_stored_qparams: ClassVar[bool] = False
+    live_range: ClassVar[bool] = True
 
     def __init__(self, spec: QuantSpec, shape: torch.Size, ste: STE = "plain") -> None:
         super().__init__(spec, shape, ste)

@@ -32,6 +32,7 @@ class QuEST(FakeQuantizer):
     """
 
     uses_stored_qparams: ClassVar[bool] = False
+    live_range: ClassVar[bool] = True
 
     def __init__(self, spec: QuantSpec, shape: torch.Size, ste: STE = "trust") -> None:
         super().__init__(spec, shape, ste)
