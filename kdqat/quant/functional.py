@@ -37,17 +37,18 @@ class _Replace(torch.autograd.Function):
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """See `scale_gradient`."""
+    """See `scale_gradient`; the factor is computed in the backward pass, so that nothing new is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
+    def forward(ctx: Any, x: Tensor, sharing: float, qmax: Tensor) -> Tensor:
+        ctx.save_for_backward(qmax)
+        ctx.sharing = sharing
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (factor,) = ctx.saved_tensors
-        return grad * factor, None
+        (qmax,) = ctx.saved_tensors
+        return grad * torch.rsqrt(ctx.sharing * qmax), None, None
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -64,9 +65,9 @@ def replace_ste(x: Tensor, value: Tensor) -> Tensor:
     return _Replace.apply(x, value)  # type: ignore[no-any-return]
 
 
-def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
-    """x exactly, with its gradient multiplied by `factor`."""
-    return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return]
+def scale_gradient(x: Tensor, sharing: float, qmax: Tensor) -> Tensor:
+    """x exactly, with its gradient divided by sqrt(sharing * qmax), as LSQ does for a scale that `sharing` share."""
+    return _ScaleGradient.apply(x, sharing, qmax)  # type: ignore[no-any-return]
 
 
 def fake_quantize(groups: Tensor, qparams: QParams, grid: Grid, spec: QuantSpec, ste: STE = "clipped") -> Tensor:

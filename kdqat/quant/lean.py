@@ -43,7 +43,7 @@ def fake_quantize_lean(quantizer: FakeQuantizer, tensor: Tensor, dtype: torch.dt
             return quantizer.composed(tensor, dtype)
         again = checkpoint(quantizer.composed, tensor, dtype, use_reentrant=False, preserve_rng_state=False)
         return again  # type: ignore[no-any-return]
-    if kernels.finds_range(quantizer) and kernels.fits(quantizer, tensor.device):
+    if quantizer.live_range:
         return _FakeQuantize.apply(tensor, None, None, quantizer, dtype)  # type: ignore[no-any-return]
     scale, zero_point = quantizer.qparams(quantizer.groups(tensor))
     return _FakeQuantize.apply(tensor, scale, zero_point, quantizer, dtype)  # type: ignore[no-any-return]
@@ -52,8 +52,7 @@ def fake_quantize_lean(quantizer: FakeQuantizer, tensor: Tensor, dtype: torch.dt
 class _FakeQuantize(torch.autograd.Function):
     """Of a tensor [.., I] and scale and zero point as the method wants them, before they are rounded to be stored.
 
-    Without a scale the range is read off the tensor by the kernel. Ranges of live tensors are constants for the
-    gradient.
+    Without a scale the range is read off the tensor, forward and backward; it is a constant for the gradient.
     """
 
     @staticmethod
@@ -71,14 +70,13 @@ class _FakeQuantize(torch.autograd.Function):
         keeps = ctx.learns or quantizer.ste != "plain"
         ctx.save_for_backward(*((tensor, scale, zero_point) if keeps else (None, None, None)))
         ctx.dtype = tensor.dtype
-        stored = None if scale is None or zero_point is None else quantizer.as_stored(QParams(scale, zero_point))
-        if kernels.fits(quantizer, tensor.device):
+        fused, stored = kernels.fits(quantizer, tensor.device), _stored(quantizer, tensor, scale, zero_point)
+        if fused:
             x, out_dtype = _rotated(tensor, quantizer), dtype if quantizer.spec.hadamard is None else torch.float32
             values = kernels.fake_quantize(x, stored, quantizer, out_dtype)
         else:
-            groups = quantizer.groups(tensor)
             assert stored is not None
-            levels = quantize(groups, stored, quantizer.grid, quantizer.spec)
+            levels = quantize(quantizer.groups(tensor), stored, quantizer.grid, quantizer.spec)
             values = dequantize(levels, stored, quantizer.spec).reshape(tensor.shape)
         return rotate(values, quantizer.spec.hadamard).to(dtype)
 
@@ -89,7 +87,7 @@ class _FakeQuantize(torch.autograd.Function):
         if tensor is None:
             return grad.to(ctx.dtype), None, None, None, None
         spec = quantizer.spec
-        stored = None if scale is None else quantizer.as_stored(QParams(scale, zero_point))
+        stored = _stored(quantizer, tensor, scale, zero_point)
         if kernels.fits(quantizer, tensor.device):
             given = grad if spec.hadamard is None else rotate(grad.float(), spec.hadamard)
             x = _rotated(tensor, quantizer)
@@ -107,6 +105,17 @@ class _FakeQuantize(torch.autograd.Function):
             inside = (zero_point >= quantizer.qmin) & (zero_point <= quantizer.qmax)  # codes end there
             of_zero = of_zero * inside
         return of_tensor, _sum_to(of_scale, scale), _sum_to(of_zero, zero_point), None, None
+
+
+def _stored(
+    quantizer: FakeQuantizer, tensor: Tensor, scale: Tensor | None, zero_point: Tensor | None
+) -> QParams | None:
+    """Scale and zero point as they are stored; None where the kernel finds them."""
+    if scale is not None and zero_point is not None:
+        return quantizer.as_stored(QParams(scale, zero_point))
+    if kernels.finds_range(quantizer) and kernels.fits(quantizer, tensor.device):
+        return None
+    return quantizer.as_stored(quantizer.qparams(quantizer.groups(tensor)))
 
 
 def _rotated(tensor: Tensor, quantizer: FakeQuantizer) -> Tensor:

@@ -56,6 +56,5 @@ class LSQ(FakeQuantizer):
             return QParams(self.scale, self.zero_point)
         num_weights = math.prod(self.shape)
         sharing = num_weights if self.gradient_scale == "layer" else num_weights / self.scale.numel()
-        factor = torch.rsqrt(sharing * self.qmax)
-        zero_point = scale_gradient(self.zero_point, factor) if self.learn_zero_point else self.zero_point
-        return QParams(scale_gradient(self.scale, factor), zero_point)
+        zero_point = scale_gradient(self.zero_point, sharing, self.qmax) if self.learn_zero_point else self.zero_point
+        return QParams(scale_gradient(self.scale, sharing, self.qmax), zero_point)

@@ -36,6 +36,5 @@ class LSQPlus(FakeQuantizer):
 
     def qparams(self, groups: Tensor) -> QParams:
         sharing = self.shape[-1] / self.scale.numel()  # features of a token that share a scale
-        factor = torch.rsqrt(sharing * self.qmax)
-        zero_point = scale_gradient(self.zero_point, factor) if self.learn_zero_point else self.zero_point
-        return QParams(scale_gradient(self.scale, factor), zero_point)
+        zero_point = scale_gradient(self.zero_point, sharing, self.qmax) if self.learn_zero_point else self.zero_point
+        return QParams(scale_gradient(self.scale, sharing, self.qmax), zero_point)

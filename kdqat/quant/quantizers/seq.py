@@ -57,8 +57,8 @@ class SEQ(FakeQuantizer):
 
     def qparams(self, groups: Tensor) -> QParams:
         # 2^(b-1) - 1 of the paper's gradient scale is 1 for all its formats
-        factor = torch.rsqrt(math.prod(self.shape) * (self.qmax - 0.5).clamp(min=1.0))
-        return QParams(scale_gradient(self.scale, factor), self.zero_point)
+        one = (self.qmax - 0.5).clamp(min=1.0)
+        return QParams(scale_gradient(self.scale, math.prod(self.shape), one), self.zero_point)
 
     def fake_quantize(self, groups: Tensor, qparams: QParams) -> Tensor:
         levels = quantize(groups, qparams, self.grid, self.spec).detach()
