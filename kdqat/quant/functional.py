@@ -62,12 +62,12 @@ def replace_ste(x: Tensor, value: Tensor) -> Tensor:
     Never `x.to(dtype).float()`: autograd casts the gradient too, and in fp16 1e-9 becomes 0 and 1e5 inf; in fp8
     nearly every gradient is 0.
     """
-    return _Replace.apply(x, value)  # type: ignore[no-any-return]
+    return _Replace.apply(x, value)
 
 
 def scale_gradient(x: Tensor, sharing: float, qmax: Tensor) -> Tensor:
     """x exactly, with its gradient divided by sqrt(sharing * qmax), as LSQ does for a scale that `sharing` share."""
-    return _ScaleGradient.apply(x, sharing, qmax)  # type: ignore[no-any-return]
+    return _ScaleGradient.apply(x, sharing, qmax)
 
 
 def fake_quantize(groups: Tensor, qparams: QParams, grid: Grid, spec: QuantSpec, ste: STE = "clipped") -> Tensor:

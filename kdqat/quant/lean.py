@@ -42,11 +42,11 @@ def fake_quantize_lean(quantizer: FakeQuantizer, tensor: Tensor, dtype: torch.dt
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler recomputes by itself
             return quantizer.composed(tensor, dtype)
         again = checkpoint(quantizer.composed, tensor, dtype, use_reentrant=False, preserve_rng_state=False)
-        return again  # type: ignore[no-any-return]
+        return again
     if quantizer.live_range:
-        return _FakeQuantize.apply(tensor, None, None, quantizer, dtype)  # type: ignore[no-any-return]
+        return _FakeQuantize.apply(tensor, None, None, quantizer, dtype)
     scale, zero_point = quantizer.qparams(quantizer.groups(tensor))
-    return _FakeQuantize.apply(tensor, scale, zero_point, quantizer, dtype)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(tensor, scale, zero_point, quantizer, dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -28,7 +28,7 @@ from kdqat.student import Student, load_student, prepare_student
 from kdqat.training.nonfinite import NonFiniteLossError, explain
 from kdqat.training.optim import WarmupCosine, gradients, parameter_groups, scale_learning_rate
 from kdqat.training.parallel import Parallel
-from kdqat.types import Batch, LossParts, Outputs
+from kdqat.types import Batch, LossParts
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +90,8 @@ class KDQATModule(L.LightningModule):
         self._val_loss = WeightedSum(judges, [1.0] * len(judges))
         self._val_kl, self._val_nll = MeanMetric(), MeanMetric()
         self._sums: dict[str, Tensor] = {}
-        self._divisor = 0
-        self._broken = False
-        self._evidence: tuple[Outputs | None, Batch] | None = None
+        self._step: list[tuple[Tensor, Batch]] = []  # loss and batch of every micro-batch since the last update
+        self._divisor: Tensor | int = 0
 
     @classmethod
     def from_student(cls, student: Student, **kwargs: Any) -> Self:
@@ -177,23 +176,27 @@ class KDQATModule(L.LightningModule):
         student = self.split(batch, self.loss.wants)
         parts = self.loss(student, teacher, batch)
         self._add_up(parts)
-        self._keep_evidence(parts, teacher, batch)
-        self._divisor = self._divisor or batch.input_ids.numel()
-        return parts.sum / self._divisor  # keeps gradients of a handy size; `on_after_backward` divides exactly
+        self._step.append((parts.sum.detach(), batch))
+        if self.trainer.accumulate_grad_batches == 1:
+            # this is the whole step of this rank, so that its count is known before the backward pass
+            self._divisor = self._over_ranks(parts.num).clamp(min=1) / self.trainer.world_size
+        else:
+            self._divisor = self._divisor or batch.input_ids.numel()  # a handy size; `on_after_backward` is exact
+        return parts.sum / self._divisor
 
     def on_after_backward(self) -> None:
         if self.trainer.fit_loop._should_accumulate():
             return
-        sums = torch.stack(list(self._sums.values()))
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(sums)
+        sums = self._over_ranks(torch.stack(list(self._sums.values())))
         named = dict(zip(self._sums, sums, strict=True))
         self._sums = {}
         self._require_finite(float(named["loss"]))
+        self._step = []
         num = named.pop("num").clamp(min=1)
-        # training_step divided by _divisor, Lightning by the micro-batches, DDP and FSDP2 by the ranks
-        divided_by = self._divisor * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        torch._foreach_mul_(gradients(self.parameters()), divided_by / num)
+        if self.trainer.accumulate_grad_batches > 1:
+            # training_step divided by _divisor, Lightning by the micro-batches, DDP and FSDP2 by the ranks
+            divided_by = self._divisor * self.trainer.accumulate_grad_batches * self.trainer.world_size
+            torch._foreach_mul_(gradients(self.parameters()), divided_by / num)
         for name, value in named.items():
             self.log(f"train/{name}", value / num)
 
@@ -242,20 +245,24 @@ class KDQATModule(L.LightningModule):
             scheduler.finish_at(int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _keep_evidence(self, parts: LossParts, teacher: Outputs | None, batch: Batch) -> None:
-        """Remember the first micro-batch of the step whose loss is not finite; until then, the latest one."""
-        if not self._broken:
-            self._broken = not bool(torch.isfinite(parts.sum))
-            self._evidence = (teacher if self._broken else None, batch)
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all processes."""
+        if self.trainer.world_size > 1:
+            value = value.clone()
+            torch.distributed.all_reduce(value)
+        return value
 
     def _require_finite(self, loss: float) -> None:
         """Raise on every rank at the same step, before the weights change: a rank alone would leave the others
-        waiting, and under FSDP2 the forward pass that finds the layer needs them all."""
+        waiting, and under FSDP2 the forward passes that find the layer need them all."""
         if math.isfinite(loss):
             return
-        assert self.split is not None and self._evidence is not None
-        message = explain(self.global_step, loss, self.split, *self._evidence)
-        if not self._broken:
+        assert self.split is not None
+        broken = [batch for sum_, batch in self._step if not bool(torch.isfinite(sum_))]
+        batch = broken[0] if broken else self._step[-1][1]
+        teacher = None if self.teacher is None else self.teacher.outputs(batch)
+        message = explain(self.global_step, loss, self.split, teacher, batch)
+        if not broken:
             message = f"step {self.global_step}: the loss of another process is {loss}; its message says more"
         raise NonFiniteLossError(message)
 

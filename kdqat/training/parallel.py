@@ -8,11 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from kdqat.models import SplitModel, blocks_of
+
+
+# What "selective" keeps: what took a matmul or attention to compute. Everything else is a pass over memory.
+_aten = torch.ops.aten
+KEPT = (
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._scaled_mm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +36,24 @@ class Parallel:
     """How the student's blocks are run.
 
     Args:
-        checkpoint_blocks: recompute each block's activations in the backward pass (non-reentrant).
-        compile_blocks: torch.compile each block.
+        checkpoint_blocks: recompute activations in the backward pass. True: a block's input is all that is kept, the
+            block runs again. "selective": results of matmuls and attention are kept; norms, activation functions and
+            the fake-quantized weights are computed again, which costs little where blocks are compiled (eager
+            execution pays for watching every operation).
+        compile_blocks: torch.compile each block, and the loss of a chunk of logits.
         shard: FSDP2; needs trainer.strategy ModelParallelStrategy.
+
+    Raises:
+        ValueError: for another word than "selective".
     """
 
-    checkpoint_blocks: bool = False
+    checkpoint_blocks: bool | Literal["selective"] = False
     compile_blocks: bool = False
     shard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_blocks not in (True, False, "selective"):
+            raise ValueError(f"checkpoint_blocks is true, false or selective, not {self.checkpoint_blocks!r}")
 
     def apply(self, student: SplitModel, device_mesh: Any | None) -> Callable[[nn.Module], None] | None:
         """Prepare the student; returns what shards the teacher the same way, or None.
@@ -40,7 +66,10 @@ class Parallel:
                 "model.parallel.shard: true and trainer.strategy: ModelParallelStrategy go together; set both or none"
             )
         if self.checkpoint_blocks:
-            student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            options: dict[str, Any] = {"use_reentrant": False}
+            if self.checkpoint_blocks == "selective":
+                options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+            student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
         if self.compile_blocks:
             for block in blocks_of(student.model):
                 block.compile()
@@ -59,3 +88,7 @@ class Parallel:
 
         shard(student)
         return shard
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -28,8 +28,8 @@ def test_a_broken_scale_is_named_by_its_layer() -> None:
     quantizer = module.build().layers[LAYER].weight_fake_quantizer
     assert quantizer is not None
     with torch.no_grad():
-        quantizer.scale[3] = torch.inf
-    with pytest.raises(NonFiniteLossError, match=f"first at layer {LAYER} .*to inf, 0 non-finite weights"):
+        quantizer.scale[3] = torch.nan  # an infinite one is stored as the largest number there is
+    with pytest.raises(NonFiniteLossError, match=f"first at layer {LAYER} .*to nan, 0 non-finite weights"):
         train(module, [batch(2)])
 
 

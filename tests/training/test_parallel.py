@@ -24,8 +24,9 @@ def largest_difference(one: KDQATModule, other: KDQATModule) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs if torch.is_floating_point(a))
 
 
-def test_checkpointed_blocks_give_the_same_bits() -> None:
-    plain, checkpointed = trained(Parallel()), trained(Parallel(checkpoint_blocks=True))
+@pytest.mark.parametrize("kept", [True, "selective"])
+def test_checkpointed_blocks_give_the_same_bits(kept) -> None:
+    plain, checkpointed = trained(Parallel()), trained(Parallel(checkpoint_blocks=kept))
     assert checkpointed.split is not None and checkpointed.split.model.is_gradient_checkpointing
     assert largest_difference(plain, checkpointed) == 0
 

@@ -53,7 +53,7 @@ def finds_range(quantizer: FakeQuantizer) -> bool:
 
 def fake_quantize(x: Tensor, stored: QParams | None, quantizer: FakeQuantizer, dtype: torch.dtype) -> Tensor:
     """Fake-quantized x [.., I] in `dtype`, under `stored` qparams, or under the range of x where there are none."""
-    return _ops().fake_quantize(x, *_tensors(stored, quantizer), _constants(quantizer, stored is None), dtype)  # type: ignore[no-any-return]
+    return _ops().fake_quantize(x, *_tensors(stored, quantizer), _constants(quantizer, stored is None), dtype)
 
 
 def fake_quantize_backward(
