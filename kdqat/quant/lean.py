@@ -110,12 +110,15 @@ class _FakeQuantize(torch.autograd.Function):
 def _stored(
     quantizer: FakeQuantizer, tensor: Tensor, scale: Tensor | None, zero_point: Tensor | None
 ) -> QParams | None:
-    """Scale and zero point as they are stored; None where the kernel finds them."""
-    if scale is not None and zero_point is not None:
-        return quantizer.as_stored(QParams(scale, zero_point))
-    if kernels.finds_range(quantizer) and kernels.fits(quantizer, tensor.device):
-        return None
-    return quantizer.as_stored(quantizer.qparams(quantizer.groups(tensor)))
+    """Scale and zero point as they are stored, or as a kernel takes them that rounds them; None where it finds them."""
+    kernel = quantizer.kernel if kernels.fits(quantizer, tensor.device) else None
+    if scale is None or zero_point is None:
+        if kernel is not None and kernel.live is not None:
+            return None
+        return quantizer.as_stored(quantizer.qparams(quantizer.groups(tensor)))
+    if kernel is not None and kernel.rounds:
+        return QParams(scale.float(), zero_point.float())
+    return quantizer.as_stored(QParams(scale, zero_point))
 
 
 def _rotated(tensor: Tensor, quantizer: FakeQuantizer) -> Tensor:

@@ -21,6 +21,7 @@ from kdqat.quant import scales
 from kdqat.quant.formats import Grid, decode, encode, grid_of
 from kdqat.quant.functional import STE, dequantize, fake_quantize, quantize, replace_ste
 from kdqat.quant.grouping import rotate, to_groups
+from kdqat.quant.kernels import kernel_for
 from kdqat.quant.lean import fake_quantize_lean
 from kdqat.quant.ranges import choose_qparams
 from kdqat.spec import QuantSpec
@@ -76,6 +77,7 @@ class FakeQuantizer(nn.Module, ABC):
             self.register_buffer(name, getattr(grid, name))
         second = scales.second_level_shapes(spec.scale_dtype, qparam_shape)
         self._second_level = tuple(second)
+        self.kernel = kernel_for(self)
         for name, second_shape in second.items():
             self.register_buffer(name, torch.zeros(second_shape) if name == "scale_mean" else torch.ones(second_shape))
 

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from kdqat.models import SplitModel, blocks_of
 
-
 # What "selective" keeps: what took a matmul or attention to compute. Everything else is a pass over memory.
 _aten = torch.ops.aten
 KEPT = (

@@ -20,7 +20,7 @@ from tests.contracts.test_quantizers import VARIANTS
 from tests.quant import specs
 from tests.quant.specs import spec_id
 
-CPU = pytest.param("cpu", marks=pytest.mark.skipif(not kernels.available(), reason="triton is not installed"))
+CPU = pytest.param("cpu", marks=pytest.mark.skipif(not kernels.AVAILABLE, reason="triton is not installed"))
 DEVICES = [CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPE = torch.Size((6, 32))
 METHODS = {name: VARIANTS[name] for name in ("LSQ", "MinMax", "LSQ-zero-point", "LSQ-trust", "LSQ-attenuated")}

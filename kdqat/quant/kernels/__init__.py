@@ -10,8 +10,7 @@ and "attenuated", groups of more than MAX_GROUP elements. Triton is imported whe
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,36 +23,56 @@ if TYPE_CHECKING:
 
 MAX_GROUP = 32768
 DEVICES = ("cuda",)  # and "cpu" under Triton's interpreter, in tests
+AVAILABLE = importlib.util.find_spec("triton") is not None
 _KINDS = {"integer": 0, "float": 1, "codebook": 2}
 _ZEROS = {"none": 0, "half": 0, "integer": 1, "minimum": 2}
 _STES: dict[STE, int] = {"plain": 0, "clipped": 1, "trust": 2, "attenuated": 3}
 _RULES = {"absmax": 1, "absmax_half": 2, "signed_max": 3, "mx": 4}
-_STORED = {"float32": 0, "float16": 1, "bfloat16": 2, "e8m0": 3}
+_STORED = {"float32": 0, "float16": 1, "bfloat16": 2}  # dtypes of scales that kernels round to
+_ROUNDED = 3
+
+
+class Kernel(NamedTuple):
+    """What the kernels must know of a quantizer at compile time; made once, so that torch.compile has nothing to trace.
+
+    `constants` in the order of `ops._launch`; `live` likewise, for a kernel that finds the range itself, if it can.
+    `rounds`: the kernel rounds scale and zero point to what is stored.
+    """
+
+    constants: tuple[int, ...]
+    live: tuple[int, ...] | None
+    ste: int
+    rounds: bool
+
+
+def kernel_for(quantizer: FakeQuantizer) -> Kernel | None:
+    """The kernel that computes what `quantizer` does; None: the pure functions do."""
+    spec, grid = quantizer.spec, quantizer.grid
+    group = spec.group_size or quantizer.shape[-1]
+    if quantizer.own_arithmetic or spec.granularity == "feature" or group > MAX_GROUP:
+        return None
+    if grid.kind == "codebook" and quantizer.ste in ("trust", "attenuated"):
+        return None
+    per_tensor, levels = spec.granularity == "tensor", 0 if grid.levels is None else grid.levels.numel()
+    first = (group, int(per_tensor), _KINDS[grid.kind], int(grid.offset != 0.0), levels, _ZEROS[spec.zero_point])
+    last = (_STORED.get(spec.scale_dtype, _ROUNDED), int(spec.zero_point == "half"))
+    rule = _RULES.get(spec.scale_rule, 0) if spec.symmetric else 5
+    exact = spec.scale_dtype in _STORED or (spec.scale_dtype == "e8m0" and rule == _RULES["mx"])
+    finds = quantizer.live_range and rule and exact and not per_tensor
+    live = (*first, rule, *last) if finds else None
+    return Kernel((*first, 0, *last), live, _STES[quantizer.ste], spec.scale_dtype in _STORED)
 
 
 def fits(quantizer: FakeQuantizer, device: torch.device) -> bool:
     """Whether the kernels compute what `quantizer` does, on `device`."""
-    spec = quantizer.spec
-    if device.type not in DEVICES or quantizer.own_arithmetic or spec.granularity == "feature" or not available():
-        return False
-    if spec.number.kind == "codebook" and quantizer.ste in ("trust", "attenuated"):
-        return False
-    return _group(quantizer) <= MAX_GROUP
-
-
-def finds_range(quantizer: FakeQuantizer) -> bool:
-    """Whether a kernel that fits also finds the range of a live tensor, as the spec's rule and storage want it."""
-    spec = quantizer.spec
-    if not quantizer.live_range or spec.granularity == "tensor" or spec.scale_dtype not in _STORED:
-        return False
-    if not spec.symmetric:
-        return spec.scale_dtype != "e8m0"
-    return spec.scale_rule in _RULES and (spec.scale_dtype == "e8m0") == (spec.scale_rule == "mx")
+    return device.type in DEVICES and quantizer.kernel is not None and AVAILABLE
 
 
 def fake_quantize(x: Tensor, stored: QParams | None, quantizer: FakeQuantizer, dtype: torch.dtype) -> Tensor:
     """Fake-quantized x [.., I] in `dtype`, under `stored` qparams, or under the range of x where there are none."""
-    return _ops().fake_quantize(x, *_tensors(stored, quantizer), _constants(quantizer, stored is None), dtype)
+    ops = _ops()
+    function = ops.fake_quantize_op if torch.compiler.is_compiling() else ops.fake_quantize
+    return function(x, *_tensors(stored, quantizer), _constants(quantizer, stored), dtype)
 
 
 def fake_quantize_backward(
@@ -61,8 +80,11 @@ def fake_quantize_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, and, if the quantizer `learns`, of scale and zero point, in the scale's shape but [groups] of a
     tensor's scale (None: no gradient)."""
-    of_x, of_scale, of_zero = _ops().fake_quantize_backward(
-        grad, x, *_tensors(stored, quantizer), _constants(quantizer, stored is None), _STES[quantizer.ste], learns
+    assert quantizer.kernel is not None
+    ops = _ops()
+    function = ops.backward_op if torch.compiler.is_compiling() else ops.fake_quantize_backward
+    of_x, of_scale, of_zero = function(
+        grad, x, *_tensors(stored, quantizer), _constants(quantizer, stored), quantizer.kernel.ste, learns
     )
     if stored is None or not learns:
         return of_x, None, None
@@ -71,20 +93,10 @@ def fake_quantize_backward(
     return of_x, of_scale.reshape(shape), of_zero.reshape(shape) if has_zero else None
 
 
-@cache
-def available() -> bool:
-    """Whether there is a Triton to import."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def _ops() -> Any:
     from kdqat.quant.kernels import ops  # triton takes a second to import, and CPUs have none
 
     return ops
-
-
-def _group(quantizer: FakeQuantizer) -> int:
-    return quantizer.spec.group_size or quantizer.shape[-1]
 
 
 def _tensors(stored: QParams | None, quantizer: FakeQuantizer) -> tuple[Tensor | None, ...]:
@@ -93,18 +105,8 @@ def _tensors(stored: QParams | None, quantizer: FakeQuantizer) -> tuple[Tensor |
     return scale, zero_point, grid.low, grid.high, grid.mantissa_bits, grid.min_exponent, grid.levels
 
 
-def _constants(quantizer: FakeQuantizer, live: bool) -> list[int]:
-    """The compile-time constants of the kernels, in the order of `ops._launch`."""
-    spec, grid = quantizer.spec, quantizer.grid
-    rule = 0 if not live else _RULES[spec.scale_rule] if spec.symmetric else 5
-    return [
-        _group(quantizer),
-        int(spec.granularity == "tensor"),
-        _KINDS[grid.kind],
-        int(grid.offset != 0.0),
-        0 if grid.levels is None else grid.levels.numel(),
-        _ZEROS[spec.zero_point],
-        rule,
-        _STORED.get(spec.scale_dtype, 0),
-        int(spec.zero_point == "half"),
-    ]
+def _constants(quantizer: FakeQuantizer, stored: QParams | None) -> list[int]:
+    assert quantizer.kernel is not None
+    constants = quantizer.kernel.live if stored is None else quantizer.kernel.constants
+    assert constants is not None
+    return list(constants)

@@ -1,6 +1,7 @@
-"""The Triton kernels as operators of torch: called by `kernels/`, opaque to torch.compile.
+"""The Triton kernels, launched: as plain functions in eager execution, as operators of torch for torch.compile.
 
-Needs triton; `kernels/__init__.py` imports this file on first use and only where there is one.
+The compiler takes an operator as it is; eager execution saves the dispatcher's 20 us a call. Needs triton;
+`kernels/__init__.py` imports this file on first use and only where there is one.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ from torch import Tensor
 
 from kdqat.quant.kernels.triton_kernels import backward_kernel, fake_quantize_kernel
 
-_TILE = 4096  # elements a program handles, or one group if that is longer
+FORWARD_TILE = 4096  # elements a program handles, or one group if that is longer
+BACKWARD_TILE = 2048  # holds more of each
 
 
-def _launch(kernel: Any, tensors: Sequence[Tensor | None], constants: Sequence[int], **more: Any) -> None:
+def _launch(kernel: Any, tile: int, tensors: Sequence[Tensor | None], constants: Sequence[int], **more: Any) -> None:
     group, per_tensor, kind, half, levels, zero, rule, stored, tiny = constants
     x = tensors[0]
     assert x is not None
     num_groups, pad = x.numel() // group, triton.next_power_of_2(group)
-    groups = max(1, _TILE // pad)
+    groups = max(1, tile // pad)
     kernel[(triton.cdiv(num_groups, groups),)](
         *[x if tensor is None else tensor for tensor in tensors],  # a pointer that the constants leave unread
         num_groups,
         G=group, PAD=pad, GROUPS=groups, PER_TENSOR=bool(per_tensor), KIND=kind, HALF=bool(half), LEVELS=levels,
         ZERO=zero, RULE=rule, STORED=stored, TINY=bool(tiny), **more,
-        num_warps=min(16, max(4, groups * pad // 1024)), enable_fp_fusion=False,
+        num_warps=min(16, max(4, groups * pad // (tile // 4))), enable_fp_fusion=False,
     )  # fmt: skip
 
 
-@torch.library.custom_op("kdqat::fake_quantize", mutates_args=())
 def fake_quantize(
     x: Tensor, scale: Tensor | None, zero_point: Tensor | None, low: Tensor, high: Tensor, mantissa_bits: Tensor | None,
     min_exponent: Tensor | None, levels: Tensor | None, constants: Sequence[int], dtype: torch.dtype,
@@ -41,16 +42,18 @@ def fake_quantize(
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     tensors = [x, out, scale, zero_point, low, high, mantissa_bits, min_exponent, levels]
-    _launch(fake_quantize_kernel, tensors, constants)
+    _launch(fake_quantize_kernel, FORWARD_TILE, tensors, constants)
     return out
 
 
-@fake_quantize.register_fake
+fake_quantize_op = torch.library.custom_op("kdqat::fake_quantize", fake_quantize, mutates_args=())
+
+
+@fake_quantize_op.register_fake
 def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty(x.shape, dtype=rest[-1], device=x.device)
 
 
-@torch.library.custom_op("kdqat::fake_quantize_backward", mutates_args=())
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, low: Tensor, high: Tensor,
     mantissa_bits: Tensor | None, min_exponent: Tensor | None, levels: Tensor | None, constants: Sequence[int],
@@ -61,11 +64,14 @@ def fake_quantize_backward(
     of_x = torch.empty_like(x)
     of_scale, of_zero = (_per_group(x, constants, learns) for _ in range(2))
     tensors = [grad, x, of_x, of_scale, of_zero, scale, zero_point, low, high, mantissa_bits, min_exponent, levels]
-    _launch(backward_kernel, tensors, constants, STE=ste, LEARNS=learns)
+    _launch(backward_kernel, BACKWARD_TILE, tensors, constants, STE=ste, LEARNS=learns)
     return of_x, of_scale, of_zero
 
 
-@fake_quantize_backward.register_fake
+backward_op = torch.library.custom_op("kdqat::fake_quantize_backward", fake_quantize_backward, mutates_args=())
+
+
+@backward_op.register_fake
 def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     constants, _, learns = rest[-3:]
     per_group = (_per_group(x, constants, learns) for _ in range(2))

@@ -6,7 +6,7 @@ not fused (`enable_fp_fusion=False` at launch), rounding ties go to even.
 
 Constants: KIND 0 integer, 1 minifloat, 2 codebook. ZERO 0 none, 1 integer, 2 minimum. STE 0 plain, 1 clipped, 2 trust,
 3 attenuated. RULE 0 scale given, 1 absmax, 2 absmax_half, 3 signed_max, 4 mx, 5 least and largest. STORED 0 fp32,
-1 fp16, 2 bf16, 3 e8m0 (of rule mx: nothing left to round).
+1 fp16, 2 bf16, 3 rounded already (by pure torch; scales of rule mx are powers of two).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _nearest(x, mantissa_ptr, exponent_ptr, levels_ptr, KIND: tl.constexpr, HALF
 
 
 @triton.jit
-def _store_as(x, STORED: tl.constexpr):
+def _in_dtype(x, STORED: tl.constexpr):
     """Rounded to fp16 or bf16, an infinite number to the largest."""
     if STORED == 1:
         return tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
@@ -65,8 +65,19 @@ def _store_as(x, STORED: tl.constexpr):
 
 
 @triton.jit
-def _live_range(x, inside, low, high, RULE: tl.constexpr, ZERO: tl.constexpr, STORED: tl.constexpr, TINY: tl.constexpr):
-    """Scale and zero point [GROUPS, 1] of x as they are stored: `ranges.choose_qparams`, `scales.round_scale`."""
+def _as_stored(scale, zero, ZERO: tl.constexpr, STORED: tl.constexpr):
+    """`FakeQuantizer.as_stored`: away from zero, then in the stored dtype."""
+    if STORED != 3:
+        floor = 5.960464477539063e-08  # scales.SCALE_FLOOR
+        scale = _in_dtype(tl.where(scale < 0, tl.minimum(scale, -floor), tl.maximum(scale, floor)), STORED)
+        if ZERO == 2:
+            zero = _in_dtype(zero, STORED)
+    return scale, zero
+
+
+@triton.jit
+def _live_range(x, inside, low, high, RULE: tl.constexpr, ZERO: tl.constexpr, TINY: tl.constexpr):
+    """Scale and zero point [GROUPS, 1] that the spec's rule gives x: `ranges.choose_qparams`."""
     zero = tl.zeros([x.shape[0], 1], dtype=tl.float32)
     if RULE == 5 or RULE == 3:
         least = tl.min(tl.where(inside, x, float("inf")), axis=1, keep_dims=True)
@@ -91,12 +102,7 @@ def _live_range(x, inside, low, high, RULE: tl.constexpr, ZERO: tl.constexpr, ST
         else:
             scale = tl.div_rn(absmax, high + tl.zeros_like(absmax))
     scale = tl.where(scale == 0, 1.1754943508222875e-38 if TINY else 1.0, scale)
-    if STORED != 3:
-        floor = 5.960464477539063e-08  # scales.SCALE_FLOOR
-        scale = tl.where(scale < 0, tl.minimum(scale, -floor), tl.maximum(scale, floor))
-    if ZERO == 2:
-        zero = _store_as(zero, STORED)
-    return _store_as(scale, STORED), zero
+    return scale, zero
 
 
 @triton.jit
@@ -121,8 +127,11 @@ def fake_quantize_kernel(
         at = group * 0 if PER_TENSOR else group
         scale = tl.load(scale_ptr + at, mask=group < num_groups, other=1.0)
         zero = tl.load(zero_ptr + at, mask=group < num_groups, other=0.0)
+        if ZERO == 1:
+            zero = _round(tl.minimum(tl.maximum(zero, low), high))
     else:
-        scale, zero = _live_range(x, inside, low, high, RULE, ZERO, STORED, TINY)
+        scale, zero = _live_range(x, inside, low, high, RULE, ZERO, TINY)
+    scale, zero = _as_stored(scale, zero, ZERO, STORED)
     wide = scale + tl.zeros_like(x)  # div_rn takes equal shapes
     if ZERO == 2:
         level = tl.minimum(tl.maximum(tl.div_rn(x - zero, wide), low), high)
@@ -151,8 +160,11 @@ def backward_kernel(
         at = group * 0 if PER_TENSOR else group
         scale = tl.load(scale_ptr + at, mask=group < num_groups, other=1.0)
         zero = tl.load(zero_ptr + at, mask=group < num_groups, other=0.0)
+        if ZERO == 1:
+            zero = _round(tl.minimum(tl.maximum(zero, low), high))
     else:
-        scale, zero = _live_range(x, inside, low, high, RULE, ZERO, STORED, TINY)
+        scale, zero = _live_range(x, inside, low, high, RULE, ZERO, TINY)
+    scale, zero = _as_stored(scale, zero, ZERO, STORED)
     wide = scale + tl.zeros_like(x)
     steps = tl.div_rn(x - zero, wide) if ZERO == 2 else tl.div_rn(x, wide)
     if ZERO == 1:
