@@ -6,6 +6,7 @@ from kdqat.quant.experts import ExpertWeight, FakeQuantExperts
 from kdqat.quant.kinds import matmul_weights
 from kdqat.quant.kv import KVCacheFakeQuantizer, kv_caches
 from kdqat.quant.layer import FakeQuantLayer, default_activation_quantizer
+from kdqat.quant.lean import describe_ways
 from kdqat.quant.linear import FakeQuantConv1D, FakeQuantLinear
 from kdqat.quant.quantizer import FakeQuantizer, QuantizerFactory
 from kdqat.quant.quantizers.aimet import AIMETRange
@@ -42,6 +43,7 @@ __all__ = [
     "QuantizerFactory",
     "apply_plan",
     "default_activation_quantizer",
+    "describe_ways",
     "fake_quant_layers",
     "full_precision",
     "kv_caches",

@@ -14,10 +14,11 @@ Three ways, by what the quantizer is and where the tensor lies (`way_of`):
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdqat.quant import kernels
@@ -34,6 +35,17 @@ def way_of(quantizer: FakeQuantizer, device: torch.device) -> str:
     if quantizer.own_arithmetic:
         return "recomputed"
     return "fused" if kernels.fits(quantizer, device) else "closed form"
+
+
+def describe_ways(model: nn.Module, device: torch.device) -> str:
+    """One line for the log: how many fake quantizers of `model` compute in which way on `device`."""
+    ways = Counter(way_of(module, device) for module in model.modules() if hasattr(module, "qparams"))
+    said = {
+        "fused": "fused Triton kernels",
+        "closed form": "pure torch",
+        "recomputed": "running again in the backward pass",
+    }
+    return "fake quantization: " + ", ".join(f"{count} by {said[way]}" for way, count in ways.items())
 
 
 def fake_quantize_lean(quantizer: FakeQuantizer, tensor: Tensor, dtype: torch.dtype) -> Tensor:

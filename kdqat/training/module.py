@@ -23,7 +23,7 @@ from kdqat.calibrate import Calibration
 from kdqat.initializers import RTN, Initializer
 from kdqat.losses import CrossEntropy, DistillLoss, ForwardKL, WeightedSum
 from kdqat.models import ModelSource, SplitModel, Teacher
-from kdqat.quant import QuantizerFactory, default_activation_quantizer
+from kdqat.quant import QuantizerFactory, default_activation_quantizer, describe_ways
 from kdqat.student import Student, load_student, prepare_student
 from kdqat.training.nonfinite import NonFiniteLossError, explain
 from kdqat.training.optim import WarmupCosine, gradients, parameter_groups, scale_learning_rate
@@ -167,6 +167,7 @@ class KDQATModule(L.LightningModule):
         shard = self.parallel.apply(self.split, mesh)
         if self.teacher is not None:
             self.teacher.place(self.trainer.strategy.root_device, shard)
+        log.info(describe_ways(self.split, self.trainer.strategy.root_device))
         self._configured = True
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdqat.quant import LSQ, SEQ, FakeQuantConv1D, FakeQuantLinear, MinMax, QuEST
-from kdqat.quant.lean import way_of
+from kdqat.quant.lean import describe_ways, way_of
 from kdqat.spec import LayerScheme, preset
 from tests.contracts.test_quantizers import SHAPE, TAKES, VARIANTS, make, weights
 from tests.quant import specs
@@ -114,3 +114,8 @@ def test_the_way_taken_is_named():
     assert way_of(LSQ(spec, shape), torch.device("cpu")) == "closed form"
     half = preset("W2A16_HALF").weight
     assert way_of(SEQ(half, shape), torch.device("cpu")) == "recomputed"
+
+
+def test_the_log_counts_the_ways():
+    model = nn.Sequential(*[FakeQuantLinear.wrap(nn.Linear(64, 8), preset("W4A8"), LSQ) for _ in range(2)])
+    assert describe_ways(model, torch.device("cpu")) == "fake quantization: 4 by pure torch"
