@@ -135,7 +135,7 @@ def test_the_constructor_loads_nothing() -> None:
 
 def test_half_precision_latent_weights_are_refused() -> None:
     module = make_module(student=ModelSource("toy:llama", "bfloat16"))
-    with pytest.raises(ValueError, match="bfloat16 and AdamW: latent weights are trained in float32.*bf16-mixed"):
+    with pytest.raises(ValueError, match=r"bfloat16 and AdamW: latent weights are trained in float32.*bf16-mixed"):
         module.require_training()
     assert module.student is None  # nothing was loaded for that
 
