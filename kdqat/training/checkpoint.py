@@ -46,7 +46,7 @@ class WholeFileIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         # "cpu" says what Lightning's own function says, in the one form that torchao's 8-bit moments can be loaded with
-        return super().load_checkpoint(path, map_location or "cpu", weights_only)
+        return super().load_checkpoint(path, map_location or "cpu", weights_only)  # type: ignore[arg-type]
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
