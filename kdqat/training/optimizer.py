@@ -54,10 +54,10 @@ def make_optimizer(
             "model.parallel.shard: FSDP2 wants all trained parameters of a block in one dtype, and learned scales are "
             "float32; take model.student.dtype: float32, or a quantizer that learns no scale (MinMax, Fixed)"
         )
-    if sharded and type(optimizer).__module__.startswith("bitsandbytes."):
+    if sharded and type(optimizer).__module__.partition(".")[0] in ("bitsandbytes", "torchao"):
         raise ValueError(
-            "model.parallel.shard: bitsandbytes keeps its state in buffers that FSDP2 cannot shard; take "
-            "torchao.optim.AdamW8bit"
+            f"model.parallel.shard: the moments of {type(optimizer).__name__} cannot be gathered into one checkpoint; "
+            "take torch.optim.AdamW, whose moments FSDP2 spreads over the devices, or DDP"
         )
     if precision != "16-mixed" and _can_fuse(optimizer, parameters):
         # before the first step `fused` is nothing but what the groups say (torch.optim.Adam._init_group)

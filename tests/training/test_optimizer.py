@@ -14,6 +14,7 @@ from kdqat.initializers import RTN
 from kdqat.models import ModelSource
 from kdqat.quant import Fixed, MinMax
 from kdqat.training import AdamWSR
+from kdqat.training.optim import scale_learning_rate
 from kdqat.training.optimizer import make_optimizer
 from tests.training.toy import batch, make_module, train
 
@@ -107,3 +108,23 @@ def test_shards_of_two_dtypes_are_refused_before_fsdp_does() -> None:
         make_optimizer(AdamWSR, model, sharded=True)
     plain = make_module(student=ModelSource("toy:llama", "bfloat16"), quantizer=MinMax, initializer=RTN())
     make_optimizer(AdamWSR, plain.build().split, sharded=True)
+
+
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+def test_moments_that_cannot_be_gathered_from_shards_are_refused(package: str) -> None:
+    optim = pytest.importorskip(f"{package}.optim")
+    with pytest.raises(ValueError, match=r"the moments of AdamW8bit cannot be gathered.*torch\.optim\.AdamW"):
+        make_optimizer(partial(optim.AdamW8bit, lr=1e-3), nn.Linear(64, 64), sharded=True)
+    make_optimizer(partial(optim.AdamW8bit, lr=1e-3), nn.Linear(64, 64))
+
+
+def test_the_rate_of_scales_is_set_where_rates_are_tensors() -> None:
+    optim = pytest.importorskip("torchao.optim")
+    module = make_module()
+    optimizer = make_optimizer(partial(optim.AdamW8bit, lr=1e-3), module.build().split)
+    scale_learning_rate(optimizer, 0.1)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert all(isinstance(rate, torch.Tensor) for rate in rates.values())
+    assert {name: float(rate) for name, rate in rates.items()} == pytest.approx(
+        {"weights": 1e-3, "scales": 1e-4, "vectors": 1e-3}
+    )
