@@ -1,8 +1,8 @@
 """AdamW for bf16 weights: the update is computed in fp32 and rounded stochastically (https://arxiv.org/abs/2010.06192).
 
 A weight takes the bf16 number above or below with the chance that makes it right on average, so that updates far
-smaller than a bf16 step still arrive. torchao rounds so too, but only with 8- or 4-bit moments, and keeps those of
-small tensors in the weights' bf16, where a second moment that decays by 0.1 % a step does not move.
+smaller than a bf16 step still arrive. torchao rounds so too, but only with moments of 8 bits or fewer, and keeps those
+of small tensors in the weights' bf16, rounded to nearest, where a second moment cannot decay by 0.1 % a step.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_BUCKET = 1 << 24  # numbers whose fp32 copies exist at a time: 64 MB each
+_BUCKET = 1 << 24  # numbers whose fp32 copies exist at a time on a GPU: 64 MB each; a CPU takes one by one
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """bf16 neighbours of fp32 `values`, in fp32; each is taken with the chance that makes it right on average."""
-    noise = torch.randint(0, 1 << 16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
+    """bf16 neighbours of fp32 `values`, in fp32; each is taken with the chance that makes it right on average.
+
+    What is not finite becomes NaN.
+    """
+    words = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device)
+    words.random_(-(1 << 63), None, generator=generator)  # 64 bits are the noise of four numbers
+    noise = words.view(torch.int16)[: values.numel()].view(values.shape).int().bitwise_and_(0xFFFF)
     # bf16 is the upper half of fp32: noise below one unit of it carries over as often as the lower half is large
-    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values)  # CUDA's NaN is all ones and would wrap around to -0
+    rounded = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return rounded.add_(values - values)  # 0, or NaN: CUDA's own is all ones, which noise wraps around to -0
 
 
 class AdamWSR(Optimizer):
@@ -36,7 +41,8 @@ class AdamWSR(Optimizer):
     Args:
         params: parameters or groups.
         lr, betas, eps, weight_decay: as torch.optim.AdamW.
-        state_dtype: of both moments of bf16 parameters; float32 ones have float32 moments.
+        state_dtype: of both moments of bf16 parameters, rounded stochastically as well; float32 parameters have float32
+            moments.
         seed: of the rounding.
 
     Raises:
@@ -105,12 +111,11 @@ class AdamWSR(Optimizer):
         torch._foreach_div_(divisors, [(1 - beta2**step) ** 0.5 for step in steps])
         torch._foreach_add_(divisors, group["eps"])
         torch._foreach_addcdiv_(latent, first, divisors, [-rate / (1 - beta1**step) for step in steps])
-        for kept, new in ((averages, first), (squares, second)):
-            if kept[0] is not new[0]:  # a copy, not the moment itself
-                torch._foreach_copy_(kept, new)
-        for (index, p), weight, value, step in zip(bucket, weights, latent, steps, strict=True):
-            if weight.dtype == torch.bfloat16:
-                weight.copy_(round_stochastically(value, self._generator(p, index, step)))
+        for i, (index, p) in enumerate(bucket):
+            generator = self._generator(p, index, steps[i])
+            for kept, new in ((weights[i], latent[i]), (averages[i], first[i]), (squares[i], second[i])):
+                if kept.dtype == torch.bfloat16:  # moments too: nearest, a decay by 0.1 % a step would never happen
+                    kept.copy_(round_stochastically(new, generator))
 
     def _advance(self, p: Tensor) -> int:
         """Count the parameter's step; its state is made at the first one."""
@@ -138,6 +143,11 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def _on_gpu(parameter: Tensor) -> bool:
+    """Whether a kernel for many tensors is worth their copies."""
+    return parameter.is_cuda
+
+
 def _buckets(numbered: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
     """Parameters of one dtype and device together, at most _BUCKET numbers (or a single parameter) at a time."""
     kinds: dict[Any, list[tuple[int, Tensor]]] = {}
@@ -148,7 +158,7 @@ def _buckets(numbered: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Ten
         size = 0
         for index, p in same:
             length = _local(p).numel()
-            if bucket and size + length > _BUCKET:
+            if bucket and (not _on_gpu(p) or size + length > _BUCKET):
                 yield bucket
                 bucket, size = [], 0
             bucket.append((index, p))
