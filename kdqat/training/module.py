@@ -108,8 +108,9 @@ class KDQATModule(L.LightningModule):
                 "model.optimizer is missing: fit needs one to train with, e.g. "
                 "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-4}}"
             )
-        dtype = getattr(torch, self.source.dtype)
-        require_trainable(dtype, self.optimizer_factory([torch.nn.Parameter(torch.zeros(1, dtype=dtype))]))
+        if self.source.dtype != "float32":  # asked of an optimizer of one weight, before the model is loaded
+            dtype = getattr(torch, self.source.dtype)
+            require_trainable(dtype, self.optimizer_factory([torch.nn.Parameter(torch.zeros(1, dtype=dtype))]))
 
     def adopt(self, student: Student) -> None:
         """Take `student` as the one to train."""
@@ -230,8 +231,13 @@ class KDQATModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         self.require_training()
         assert self.split is not None and self.optimizer_factory is not None
-        precision = str(self.trainer.precision)
-        optimizer = make_optimizer(self.optimizer_factory, self.split, precision=precision, sharded=self.parallel.shard)
+        optimizer = make_optimizer(
+            self.optimizer_factory,
+            self.split,
+            precision=str(self.trainer.precision),
+            world_size=self.trainer.world_size,
+            sharded=self.parallel.shard,
+        )
         scale_learning_rate(optimizer, self.scale_lr_ratio)
         if self.scheduler_factory is None:
             return optimizer

@@ -22,19 +22,24 @@ log = logging.getLogger(__name__)
 
 
 def make_optimizer(
-    factory: Callable[[Any], Optimizer], model: nn.Module, *, precision: str = "32-true", sharded: bool = False
+    factory: Callable[[Any], Optimizer],
+    model: nn.Module,
+    *,
+    precision: str = "32-true",
+    world_size: int = 1,
+    sharded: bool = False,
 ) -> Optimizer:
     """The optimizer that `factory` makes of the model's parameter groups, fused where that is safe.
 
     Args:
         factory: called with parameter groups.
         model: on its device already.
-        precision: the trainer's.
+        precision, world_size: the trainer's.
         sharded: under FSDP2.
 
     Raises:
-        ValueError: for latent weights or scales in a dtype that this optimizer cannot train, and for an optimizer that
-            cannot keep its state in shards.
+        ValueError: for latent weights or scales in a dtype that this optimizer cannot train, for an optimizer that cannot
+            keep its state in shards, and for one that would round every process's copy of the weights differently.
     """
     groups = parameter_groups(model)
     parameters = [p for group in groups for p in group["params"]]  # the optimizer writes into the groups
@@ -54,7 +59,13 @@ def make_optimizer(
             "model.parallel.shard: FSDP2 wants all trained parameters of a block in one dtype, and learned scales are "
             "float32; take model.student.dtype: float32, or a quantizer that learns no scale (MinMax, Fixed)"
         )
-    if sharded and type(optimizer).__module__.partition(".")[0] in ("bitsandbytes", "torchao"):
+    package = type(optimizer).__module__.partition(".")[0]
+    if world_size > 1 and package == "torchao" and any(p.dtype == torch.bfloat16 for p in parameters):
+        raise ValueError(
+            "trainer.devices: torchao rounds by each process's own noise, so that copies of bf16 weights would drift "
+            "apart; take AdamWSR, whose noise is the same everywhere, or one device"
+        )
+    if sharded and package in ("bitsandbytes", "torchao"):
         raise ValueError(
             f"model.parallel.shard: the moments of {type(optimizer).__name__} cannot be gathered into one checkpoint; "
             "take torch.optim.AdamW, whose moments FSDP2 spreads over the devices, or DDP"
@@ -91,5 +102,4 @@ def _can_fuse(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
     for group in optimizer.param_groups:
         if group["fused"] is not None or group["foreach"] is not None or group["capturable"] or group["differentiable"]:
             return False
-    devices = {p.device.type for p in parameters}
-    return len(devices) == 1 and devices <= {"cpu", "cuda"} and all(p.is_floating_point() for p in parameters)
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)

@@ -52,7 +52,7 @@ def test_sixteen_bit_loss_scaling_keeps_the_plain_one_which_can_clip() -> None:
     assert not fused(ADAMW, precision="16-mixed") and fused(ADAMW, precision="bf16-mixed")
 
 
-def test_parameters_on_two_kinds_of_devices_are_not_fused() -> None:
+def test_parameters_on_devices_without_the_kernel_are_not_fused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     assert not make_optimizer(ADAMW, model).defaults["fused"]
 
@@ -128,3 +128,14 @@ def test_the_rate_of_scales_is_set_where_rates_are_tensors() -> None:
     assert {name: float(rate) for name, rate in rates.items()} == pytest.approx(
         {"weights": 1e-3, "scales": 1e-4, "vectors": 1e-3}
     )
+
+
+def test_copies_of_bf16_weights_may_not_be_rounded_apart() -> None:
+    optim = pytest.importorskip("torchao.optim")
+    rounds = partial(optim.AdamW8bit, lr=1e-3, bf16_stochastic_round=True)
+    model = nn.Linear(64, 64, dtype=torch.bfloat16)
+    make_optimizer(rounds, model)
+    make_optimizer(AdamWSR, model, world_size=2)
+    make_optimizer(rounds, nn.Linear(64, 64), world_size=2)
+    with pytest.raises(ValueError, match="copies of bf16 weights would drift apart; take AdamWSR"):
+        make_optimizer(rounds, model, world_size=2)
