@@ -38,8 +38,8 @@ def make_optimizer(
         sharded: under FSDP2.
 
     Raises:
-        ValueError: for latent weights or scales in a dtype that this optimizer cannot train, for an optimizer that cannot
-            keep its state in shards, and for one that would round every process's copy of the weights differently.
+        ValueError: for latent weights or scales in a dtype that this optimizer cannot train, for an optimizer that
+            cannot keep its state in shards, and for one that would round every process's weights differently.
     """
     groups = parameter_groups(model)
     parameters = [p for group in groups for p in group["params"]]  # the optimizer writes into the groups
