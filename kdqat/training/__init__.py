@@ -6,8 +6,10 @@ from kdqat.training.module import KDQATModule
 from kdqat.training.nonfinite import NonFiniteLossError
 from kdqat.training.optim import WarmupCosine, parameter_groups
 from kdqat.training.parallel import Parallel
+from kdqat.training.stochastic import AdamWSR
 
 __all__ = [
+    "AdamWSR",
     "CSVMetrics",
     "Checkpoints",
     "KDQATModule",

@@ -27,7 +27,7 @@ _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written whole or not at all.
+    """Lightning's checkpoint files, written whole or not at all, and read to the CPU.
 
     Raises:
         ValueError: if the disk is full or not writable; names the folder and what is still intact.
@@ -43,6 +43,10 @@ class WholeFileIO(TorchCheckpointIO):
                 f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]}); earlier ones are "
                 "intact: make room and run `kdqat fit RECIPE --resume`"
             ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+        # "cpu" says what Lightning's own function says, in the one form that torchao's 8-bit moments can be loaded with
+        return super().load_checkpoint(path, map_location or "cpu", weights_only)  # type: ignore[arg-type]
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:

@@ -26,7 +26,8 @@ from kdqat.models import ModelSource, SplitModel, Teacher
 from kdqat.quant import QuantizerFactory, default_activation_quantizer, describe_ways
 from kdqat.student import Student, load_student, prepare_student
 from kdqat.training.nonfinite import NonFiniteLossError, explain
-from kdqat.training.optim import WarmupCosine, gradients, parameter_groups, scale_learning_rate
+from kdqat.training.optim import WarmupCosine, gradients, scale_learning_rate
+from kdqat.training.optimizer import make_optimizer, require_trainable
 from kdqat.training.parallel import Parallel
 from kdqat.types import Batch, LossParts
 
@@ -37,7 +38,8 @@ class KDQATModule(L.LightningModule):
     """Distils a teacher into a fake-quantized student.
 
     Args:
-        student: where the model comes from; latent weights belong in float32.
+        student: where the model comes from; latent weights belong in float32, or in bfloat16 with an optimizer that
+            rounds stochastically (docs/optimizers.md).
         plan: which layer gets which scheme.
         quantizer: called with (spec, shape) for every weight.
         loss: of student and teacher outputs; reduction is the loss's own. None: a recipe that trains nothing.
@@ -49,9 +51,6 @@ class KDQATModule(L.LightningModule):
         parallel: checkpointing, compiling and sharding of blocks.
         activation_quantizer: of inputs, outputs and KV cache; None: MinMax for dynamic ranges, LSQPlus for static ones.
         calibration: text for static activation ranges and for initializers that need it.
-
-    Raises:
-        ValueError: for trainable weights that are not float32.
     """
 
     def __init__(
@@ -70,11 +69,6 @@ class KDQATModule(L.LightningModule):
         calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
-        if student.dtype != "float32":
-            raise ValueError(
-                f"model.student.dtype {student.dtype}: latent weights are trained in float32 (AdamW at 2e-6 moves 4 % "
-                "of bf16 weights); the forward pass runs in bf16 with trainer.precision: bf16-mixed"
-            )
         self.source, self.allocator, self.quantizer, self.loss = student, plan, quantizer, loss
         self.activation_quantizer = activation_quantizer or default_activation_quantizer
         self.calibration = calibration
@@ -103,7 +97,8 @@ class KDQATModule(L.LightningModule):
     def require_training(self) -> None:
         """
         Raises:
-            ValueError: naming the key that training needs and the recipe left out; other verbs do without.
+            ValueError: naming the key that training needs and the recipe left out (other verbs do without), or an
+                optimizer that cannot train the student's dtype.
         """
         if self.loss is None:
             raise ValueError("model.loss is missing: fit needs one to minimize, e.g. loss: {class_path: ForwardKL}")
@@ -112,6 +107,9 @@ class KDQATModule(L.LightningModule):
                 "model.optimizer is missing: fit needs one to train with, e.g. "
                 "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-4}}"
             )
+        if self.source.dtype != "float32":  # asked of an optimizer of one weight, before the model is loaded
+            dtype = getattr(torch, self.source.dtype)
+            require_trainable(dtype, self.optimizer_factory([torch.nn.Parameter(torch.zeros(1, dtype=dtype))]))
 
     def adopt(self, student: Student) -> None:
         """Take `student` as the one to train."""
@@ -237,7 +235,13 @@ class KDQATModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         self.require_training()
         assert self.split is not None and self.optimizer_factory is not None
-        optimizer = self.optimizer_factory(parameter_groups(self.split))
+        optimizer = make_optimizer(
+            self.optimizer_factory,
+            self.split,
+            precision=str(self.trainer.precision),
+            world_size=self.trainer.world_size,
+            sharded=self.parallel.shard,
+        )
         scale_learning_rate(optimizer, self.scale_lr_ratio)
         if self.scheduler_factory is None:
             return optimizer

@@ -44,7 +44,7 @@ def scale_learning_rate(optimizer: Optimizer, ratio: float) -> None:
     """Multiply the learning rate of the "scales" group by `ratio`; before a scheduler is built on the optimizer."""
     for group in optimizer.param_groups:
         if group.get("name") == "scales":
-            group["lr"] *= ratio
+            group["lr"] = group["lr"] * ratio  # not in place: of some optimizers it is a tensor
 
 
 class WarmupCosine(LambdaLR):

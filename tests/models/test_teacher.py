@@ -78,6 +78,16 @@ def test_fake_quantizing_or_training_the_student_leaves_the_teacher_as_it_was(pr
     assert not fake_quant_layers(teacher.split) and torch.equal(teacher.outputs(BATCH).hidden, expected)
 
 
+def test_a_copy_in_bf16_is_what_a_load_in_bf16_gives(tmp_path):
+    toy_model("llama").save_pretrained(tmp_path)
+    student = SplitModel(ModelSource(str(tmp_path)).load_model())
+    teacher, _ = ready("bfloat16", student=student)
+    copied = teacher.split
+    loaded = SplitModel(ModelSource(str(tmp_path), "bfloat16").load_model())
+    assert copied.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(copied(BATCH).hidden, loaded(BATCH).hidden)
+
+
 def test_a_student_that_is_swapped_already_gets_a_teacher_from_its_source():
     student = SplitModel(SOURCE.load_model())
     full = student(BATCH).hidden.detach()
