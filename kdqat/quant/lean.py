@@ -39,12 +39,9 @@ def way_of(quantizer: FakeQuantizer, device: torch.device) -> str:
 
 def describe_ways(model: nn.Module, device: torch.device) -> str:
     """One line for the log: how many fake quantizers of `model` compute in which way on `device`."""
-    ways = Counter(way_of(module, device) for module in model.modules() if hasattr(module, "qparams"))
-    said = {
-        "fused": "fused Triton kernels",
-        "closed form": "pure torch",
-        "recomputed": "running again in the backward pass",
-    }
+    quantizers: list[Any] = [module for module in model.modules() if hasattr(module, "qparams")]
+    ways = Counter(way_of(quantizer, device) for quantizer in quantizers)
+    said = {"fused": "fused Triton kernels", "closed form": "pure torch", "recomputed": "running again in backward"}
     return "fake quantization: " + ", ".join(f"{count} by {said[way]}" for way, count in ways.items())
 
 
