@@ -58,6 +58,25 @@ class ModelSource:
             _forget_gguf(model)
         return model.eval()
 
+    def load_meta(self) -> nn.Module:
+        """The model on the meta device: shapes and dtypes as `load_model`'s, without reading a weight.
+
+        Raises:
+            ValueError: as `load_model`.
+        """
+        dtype = getattr(torch, self.dtype)
+        if self.path.startswith("toy:"):
+            with torch.device("meta"):
+                return toy_model(self._toy_kind()).to(dtype).eval()
+        from transformers import AutoConfig
+
+        where, extra = self._locate()
+        with _explained(self.path):
+            config = AutoConfig.from_pretrained(where, **extra)
+            with torch.device("meta"):
+                model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        return model.eval()
+
     def load_tokenizer(self) -> Any:
         """The model's tokenizer; errors as `load_model`."""
         if self.path.startswith("toy:"):
