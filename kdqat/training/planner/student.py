@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ def meta_student(module: KDQATModule) -> SplitModel:
 
 def teacher_source(module: KDQATModule, teacher: Teacher) -> ModelSource:
     """Where a live teacher's weights come from, in its dtype."""
-    path, dtype = getattr(teacher, "path", None), getattr(teacher, "dtype", "bfloat16")
+    path: str | None = getattr(teacher, "path", None)
+    dtype: Any = getattr(teacher, "dtype", "bfloat16")
     revision = getattr(teacher, "revision", None)
     own = module.source if path is None else ModelSource(path, revision=revision)
     code = own.trust_remote_code or getattr(teacher, "trust_remote_code", False)
@@ -86,7 +88,7 @@ def block_bytes(split: SplitModel) -> list[int]:
 
 
 def matmul_parameters(split: SplitModel) -> tuple[int, int]:
-    """(weights that a token is multiplied with inside the blocks, and in the head); of experts those that are chosen."""
+    """(weights a token is multiplied with inside the blocks, and in the head); of experts those that are chosen."""
     config = split.model.config
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0

@@ -8,7 +8,7 @@ can be worked out from the same trace (`activations.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from kdqat.models import SplitModel, blocks_of
 from kdqat.models.tracing import one_document
 from kdqat.quant import FakeQuantizer
-from kdqat.types import Batch
+from kdqat.types import Batch, Outputs
 
 _ATEN = torch.ops.aten
 _MATMULS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm}
@@ -34,6 +34,7 @@ class Trace:
     """Storages of one forward pass, by number. Block None is what lies outside of the blocks."""
 
     nbytes: dict[int, int] = field(default_factory=dict)
+    given: set[int] = field(default_factory=set)  # parameters and buffers
     saved: dict[int | None, set[int]] = field(default_factory=dict)  # by the block that saves it
     inputs: dict[int, set[int]] = field(default_factory=dict)  # what is handed to each block
     results: set[int] = field(default_factory=set)  # what the loss gets
@@ -44,6 +45,11 @@ class Trace:
     matmul_outputs: dict[int | None, list[int]] = field(default_factory=dict)  # in order, by block
     attention: dict[int | None, set[int]] = field(default_factory=dict)  # outputs of fused attention
     cast_of: dict[int, tuple[int, torch.dtype]] = field(default_factory=dict)
+
+    @property
+    def made(self) -> int:
+        """Bytes of all tensors that the forward pass makes."""
+        return sum(self.nbytes.values()) - self.size(self.given)
 
     def size(self, storages: set[int]) -> int:
         """Bytes of the storages."""
@@ -61,7 +67,13 @@ class Rows:
 
 
 def trace_forward(
-    split: SplitModel, rows: Rows, *, wants: frozenset[str], autocast: torch.dtype | None, device: str
+    split: SplitModel,
+    rows: Rows,
+    *,
+    wants: frozenset[str],
+    autocast: torch.dtype | None,
+    device: str,
+    judge: Callable[[Outputs, Batch], Any] | None = None,
 ) -> Trace:
     """Run `split`, which is on the meta device and in training mode, once on `rows`.
 
@@ -69,17 +81,21 @@ def trace_forward(
         wants: as SplitModel.
         autocast: dtype of the forward pass; None: no autocast.
         device: "cuda" or "cpu": whose kernels, and thereby what attention keeps.
+        judge: called with the answer, for what losses on hidden states save.
 
     Raises:
         ValueError: if the model looks at values, which there are none of.
     """
     trace = Trace()
     with fake_run(split, device, autocast, rows) as (fakes, batch), ExitStack() as stack:
-        recorder = _Recorder(trace, fakes, _num_experts(split))
+        recorder = _Recorder(trace, fakes, num_experts(split))
         _watch_modules(split, recorder, stack)
         stack.enter_context(recorder)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda tensor: tensor))
         answer = functional_call(split, fakes, (batch, wants))
+        if judge is not None:
+            recorder.experts = 1
+            judge(answer, batch)
         trace.results = {recorder.number(t) for t in tree_leaves((answer.hidden, dict(answer.extras)))}
     return trace
 
@@ -89,7 +105,7 @@ def fake_run(
     split: SplitModel, device: str, autocast: torch.dtype | None, rows: Rows
 ) -> Iterator[tuple[dict[str, Tensor], Batch]]:
     """Parameters, buffers and a batch without memory, and the modes to compute with them."""
-    modes = [one_document()] if not rows.segments else []
+    modes: list[Any] = [one_document()] if not rows.segments else []
     modes += [torch.autocast(device, autocast)] if autocast is not None else []
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
@@ -115,7 +131,7 @@ def fake_run(
         try:
             yield {name: fake(tensor) for name, tensor in everything}, batch
         except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-            kind = split.model.config.model_type
+            kind = split.model.config.model_type  # type: ignore[union-attr]
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
                 f"model type {kind!r}: its memory cannot be planned, because its forward pass does not run on tensors "
@@ -132,8 +148,8 @@ class _Recorder(TorchDispatchMode):
         self.block: int | None = None
         self.depth = 0  # of fake quantizers
         self.alive: dict[int, Any] = {}  # storages, kept so that no number is given twice
-        self.parameters = {self.number(tensor) for tensor in fakes.values()}
-        trace.static |= self.parameters
+        trace.given = {self.number(tensor) for tensor in fakes.values()}
+        trace.static |= trace.given
 
     def number(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -144,7 +160,7 @@ class _Recorder(TorchDispatchMode):
         return number
 
     def save(self, tensor: Any) -> Any:
-        if isinstance(tensor, Tensor) and (number := self.number(tensor)) not in self.parameters:
+        if isinstance(tensor, Tensor) and (number := self.number(tensor)) not in self.trace.given:
             self.trace.saved.setdefault(self.block, set()).add(number)
         return tensor
 
@@ -213,6 +229,7 @@ def _removed(handle: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _num_experts(split: SplitModel) -> int:
+def num_experts(split: SplitModel) -> int:
+    """Experts in a block; 1 for a dense model."""
     config = split.model.config
     return int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1)
