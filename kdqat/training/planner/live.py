@@ -23,12 +23,13 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes.
+        made: bytes of all that was made.
     """
 
     def __init__(self, experts: int = 1) -> None:
         super().__init__()
         self.experts = experts
-        self.now = self.peak = 0
+        self.now = self.peak = self.made = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,4 +53,5 @@ class LiveBytes(TorchDispatchMode):
 
         self._known[number] = weakref.ref(storage, gone)
         self.now += size
+        self.made += size
         self.peak = max(self.peak, self.now)

@@ -9,7 +9,6 @@ The eager number is counted on a few small logits, with the recipe's own losses:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -28,8 +27,9 @@ _SAMPLE = (8, 512)
 class LossCost:
     """Bytes."""
 
-    temporaries: int
+    temporaries: int  # the most that exists at once
     head_gradient: int  # fp32, exists when the backward pass of the blocks begins
+    made: int  # by an eager pass over all targets and its gradient
 
 
 def flat(loss: DistillLoss) -> list[DistillLoss]:
@@ -50,21 +50,24 @@ def loss_cost(
     """
     terms = [term for term in flat(loss) if isinstance(term, LogitLoss)]
     if not terms:
-        return LossCost(0, 0)
+        return LossCost(0, 0, 0)
     head = split.model.get_output_embeddings().weight  # type: ignore[operator]
     vocabulary, hidden = head.shape
     targets = rows.batch_size * (rows.seq_len - 1)
     chunk_tokens = min(targets, *(term.chunk_tokens for term in terms))
     own = autocast or head.dtype
-    per_logit = (_compiled_bytes if compiled else partial(eager_bytes_per_logit, terms))(own, teacher_dtype)
+    eager, made = bytes_per_logit(terms, own, teacher_dtype)
+    per_logit = _compiled_bytes(own, teacher_dtype) if compiled else eager
     cast = head.numel() * dtype_bytes(own) if own != head.dtype else 0
     per_row = 2 * dtype_bytes(head.dtype) + (dtype_bytes(teacher_dtype) if teacher_dtype is not None else 0)
     gradient = head.numel() * 4 if head.requires_grad else 0
-    return LossCost(round(chunk_tokens * vocabulary * per_logit) + cast + targets * hidden * per_row, gradient)
+    temporaries = round(chunk_tokens * vocabulary * per_logit) + cast + targets * hidden * per_row
+    return LossCost(temporaries, gradient, round(targets * vocabulary * made))
 
 
-def eager_bytes_per_logit(terms: list[LogitLoss], own: torch.dtype, teacher: torch.dtype | None) -> float:
-    """The most that exists at once while the terms and the gradient of their sum are computed, logits included."""
+def bytes_per_logit(terms: list[LogitLoss], own: torch.dtype, teacher: torch.dtype | None) -> tuple[float, float]:
+    """(the most that exists at once, all that is made) while the terms and the gradient of their sum are computed
+    eagerly, logits included."""
     student_logits = torch.randn(_SAMPLE).to(own)
     teacher_logits = torch.empty(0) if teacher is None else torch.randn(_SAMPLE).to(teacher)
     labels = torch.zeros(_SAMPLE[0], dtype=torch.long)
@@ -75,8 +78,9 @@ def eager_bytes_per_logit(terms: list[LogitLoss], own: torch.dtype, teacher: tor
             total = torch.stack([term.token_loss(student_logits, teacher_logits, labels).sum() for term in terms]).sum()
             torch.autograd.grad(total, student_logits)
         except (RuntimeError, ValueError, TypeError, IndexError):  # a loss that needs more than a chunk shows
-            return EAGER_FACTOR * _compiled_bytes(own, teacher)
-    return (given + live.peak) / student_logits.numel()
+            guess = EAGER_FACTOR * _compiled_bytes(own, teacher)
+            return guess, guess
+    return (given + live.peak) / student_logits.numel(), (given + live.made) / student_logits.numel()
 
 
 def _compiled_bytes(own: torch.dtype, teacher: torch.dtype | None) -> float:

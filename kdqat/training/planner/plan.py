@@ -113,7 +113,7 @@ def plan_memory(module: KDQATModule, data: TextData, trainer_args: Mapping[str, 
     moments = _moments(split, setup, parallel.shard, trace, kept, again, loss, optimizer, teacher)
     state = nbytes(split) + nbytes(split, trainable_only=True) + optimizer.state
     work = step_work(
-        split.model.config, matmul_parameters(split), teacher, rows, made=trace.made, state=state,
+        split.model.config, matmul_parameters(split), teacher, rows, made=trace.made, loss_made=loss.made, state=state,
         recompute=parallel.checkpoint_blocks is True, accumulate=setup.accumulate,
     )  # fmt: skip
     speed = hardware.probe(here, setup.autocast or torch.float32) if here == setup.device else None
@@ -145,14 +145,15 @@ def _moments(
     elif setup.world_size > 1:
         buckets = gradients  # DDP's
     saved = {ACTIVATIONS: kept.activations, COPIES: kept.weight_copies, QUANTIZATION: kept.fake_quantization}
+    judged = trace.size(trace.judged)  # losses on hidden states follow those on logits
     block = again.total + _backward_temporaries(trace, split)
     has_old = setup.accumulate > 1
     old = {GRADIENTS: gradients // ranks}
     moments: dict[str, dict[str, int]] = {
         "teacher's forward pass": {**always, **old, ANSWER: teacher.working, SPREAD: teacher_gathered + buckets},
         "loss": {
-            **always, GRADIENTS: gradients // ranks + loss.head_gradient, **saved, LOSS: loss.temporaries,
-            ANSWER: teacher.answer, SPREAD: gathered + buckets,
+            **always, GRADIENTS: gradients // ranks + loss.head_gradient, **saved,
+            ACTIVATIONS: kept.activations - judged, LOSS: max(loss.temporaries, judged), ANSWER: teacher.answer, SPREAD: gathered + buckets,
         },
         "start of backward": {
             **always, GRADIENTS: (gradients // ranks if has_old else 0) + loss.head_gradient, **saved, BLOCK: block,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdqat.models import ModelSource, SplitModel, Teacher, blocks_of, embedding_refs, layer_refs
-from kdqat.quant import FakeQuantizer
+from kdqat.quant import FakeQuantExperts, FakeQuantizer, MinMax
 from kdqat.student.prepare import install_plan
 from kdqat.training.module import KDQATModule
 from kdqat.types import EMBEDDING
@@ -41,6 +41,7 @@ def meta_student(module: KDQATModule) -> SplitModel:
     else:
         plan = module.allocator.allocate([*layer_refs(split.model), *embedding_refs(split.model)])
     install_plan(split.model, plan, module.quantizer, module.activation_quantizer)
+    _looped_experts(split.model)
     if getattr(module, "trainable", "all") == "scales":
         own = {id(p) for q in _quantizers(split) for p in q.parameters()}
         for parameter in split.parameters():
@@ -50,7 +51,16 @@ def meta_student(module: KDQATModule) -> SplitModel:
     return split.train()
 
 
-def teacher_source(module: KDQATModule, teacher: Teacher) -> ModelSource:
+def meta_teacher(module: KDQATModule, teacher: Teacher) -> SplitModel:
+    """A live teacher on the meta device, frozen."""
+    split = SplitModel(_looped_experts(_teacher_source(module, teacher).load_meta()))
+    if module.loss is not None and "attentions" in module.loss.wants:
+        split.use_eager_attention()
+    split.eval().requires_grad_(False)
+    return split
+
+
+def _teacher_source(module: KDQATModule, teacher: Teacher) -> ModelSource:
     """Where a live teacher's weights come from, in its dtype."""
     path: str | None = getattr(teacher, "path", None)
     dtype: Any = getattr(teacher, "dtype", "bfloat16")
@@ -105,6 +115,14 @@ def matmul_parameters(split: SplitModel) -> tuple[int, int]:
 def dtype_bytes(dtype: torch.dtype) -> int:
     """Bytes of one element."""
     return torch.empty((), dtype=dtype, device="meta").element_size()
+
+
+def _looped_experts(model: nn.Module) -> nn.Module:
+    """Plain experts as kdqat's, one after the other: the kernels of transformers look at how tokens were routed."""
+    for name, part in list(model.named_modules()):
+        if FakeQuantExperts.wraps(part) and not isinstance(part, FakeQuantExperts):
+            model.set_submodule(name, FakeQuantExperts.wrap(part, {}, MinMax))
+    return model
 
 
 def _quantizers(split: SplitModel) -> list[FakeQuantizer]:

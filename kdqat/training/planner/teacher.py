@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from kdqat.models import SplitModel, blocks_of
 from kdqat.training.module import KDQATModule
 from kdqat.training.planner.live import LiveBytes
-from kdqat.training.planner.student import block_bytes, matmul_parameters, nbytes, teacher_source
+from kdqat.training.planner.student import block_bytes, matmul_parameters, meta_teacher, nbytes
 from kdqat.training.planner.trace import Rows, fake_run, num_experts
 
 
@@ -44,10 +44,7 @@ def teacher_cost(module: KDQATModule, student: SplitModel, rows: Rows, device: s
     if "CachedTeacher" in names:
         return _cached(module, student, rows)
     note = "" if "FrozenTeacher" in names else f"{type(teacher).__name__}: counted like a FrozenTeacher"
-    split = SplitModel(teacher_source(module, teacher).load_meta())
-    if "attentions" in wants:
-        split.use_eager_attention()
-    split.eval().requires_grad_(False)
+    split = meta_teacher(module, teacher)
     peak, answer = _forward(split, rows, wants, device)
     blocks = block_bytes(split)
     weights = nbytes(split)

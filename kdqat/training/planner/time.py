@@ -2,7 +2,8 @@
 
 FLOPs    6 N a token for the student (2 forward, 4 backward), 2 N for a live teacher, attention beside it, and 2 N
          more where blocks are recomputed
-traffic  every tensor that an eager forward pass makes is written once and read once; backward does it twice again
+traffic  every tensor that an eager forward pass makes is written once and read once; backward does it twice again;
+             the loss with its gradient is counted the same way, once
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class StepWork:
 
 
 def step_work(
-    config: Any, matmuls: tuple[int, int], teacher: TeacherCost, rows: Rows, *, made: int, state: int,
+    config: Any, matmuls: tuple[int, int], teacher: TeacherCost, rows: Rows, *, made: int, loss_made: int, state: int,
     recompute: bool, accumulate: int,
 ) -> StepWork:  # fmt: skip
     """
@@ -40,6 +41,7 @@ def step_work(
         config: the student's, for the shape of attention.
         matmuls: weights a token meets (inside blocks, head).
         made: bytes that an eager forward pass of the student makes.
+        loss_made: bytes that the loss and its gradient make.
         state: bytes of weights, gradients and optimizer state.
         recompute: blocks run forward twice.
         accumulate: micro-batches a step.
@@ -51,7 +53,7 @@ def step_work(
     student += (2 * inside * tokens + attention) if recompute else 0
     live = 2 * (teacher.inside + teacher.head) * tokens + (attention if teacher.inside else 0)
     teacher_made = made / 2 if teacher.inside else 0  # in half the width
-    traffic = 2 * (3 * made + teacher_made + (made if recompute else 0))
+    traffic = 2 * (3 * made + teacher_made + loss_made + (made if recompute else 0))
     return StepWork(accumulate * (student + live), accumulate * traffic + 2 * state)
 
 

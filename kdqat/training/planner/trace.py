@@ -38,6 +38,7 @@ class Trace:
     saved: dict[int | None, set[int]] = field(default_factory=dict)  # by the block that saves it
     inputs: dict[int, set[int]] = field(default_factory=dict)  # what is handed to each block
     results: set[int] = field(default_factory=set)  # what the loss gets
+    judged: set[int] = field(default_factory=set)  # saved by losses that are not on logits
     static: set[int] = field(default_factory=set)  # made of parameters alone
     quantizing: set[int] = field(default_factory=set)  # made inside a fake quantizer
     parents: dict[int, list[int]] = field(default_factory=dict)  # what a storage was computed from
@@ -94,8 +95,10 @@ def trace_forward(
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda tensor: tensor))
         answer = functional_call(split, fakes, (batch, wants))
         if judge is not None:
-            recorder.experts = 1
+            recorder.experts = 1  # from here on, what is not zero are target positions: all of them
+            before = set().union(*trace.saved.values())
             judge(answer, batch)
+            trace.judged = trace.saved.get(None, set()) - before
         trace.results = {recorder.number(t) for t in tree_leaves((answer.hidden, dict(answer.extras)))}
     return trace
 
