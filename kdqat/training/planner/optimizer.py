@@ -41,7 +41,7 @@ def optimizer_cost(
     name = type(optimizer).__name__
     sizes = [p.numel() * p.element_size() for p in parameters]
     temporaries = sum(sizes) if device == "cuda" and not _fused(optimizer, fp16) else 0
-    temporaries = max(sizes, default=0) if device == "cpu" else temporaries
+    temporaries = 2 * max(sizes, default=0) if device == "cpu" else temporaries  # one parameter after the other
     if name in _LOW_BIT:
         per, block = _LOW_BIT[name]
         small = [p.numel() < _KEPT_FULL or p.numel() % block != 0 for p in parameters]

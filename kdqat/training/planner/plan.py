@@ -1,8 +1,7 @@
 """MemoryPlan: the bytes of a run by part and by moment, before a weight is loaded.
 
-Not everything exists at once. Lightning sets gradients to zero between forward and backward, so those of the last step
-are there in the forward pass; activations go while the backward pass makes gradients anew; the optimizer's temporaries
-come when both are settled. Each moment is added up by itself and the largest one decides (docs/memory.md).
+The pieces are counted by their own files: student, teacher, trace and activations, loss, optimizer; `moments.py` adds
+up what exists together.
 """
 
 from __future__ import annotations
@@ -15,23 +14,18 @@ import torch
 
 from kdqat.data import TextData
 from kdqat.losses.logits import LogitLoss
-from kdqat.models import SplitModel
 from kdqat.training.module import KDQATModule
 from kdqat.training.planner import hardware
-from kdqat.training.planner.activations import Kept, count_kept
-from kdqat.training.planner.loss import LossCost, flat, loss_cost
-from kdqat.training.planner.optimizer import OptimizerCost, optimizer_cost
-from kdqat.training.planner.setup import Setup, read_setup, rows_of
-from kdqat.training.planner.student import block_bytes, count, matmul_parameters, meta_student, nbytes
+from kdqat.training.planner.activations import count_kept
+from kdqat.training.planner.loss import flat, loss_cost
+from kdqat.training.planner.moments import PARTS, moments_of
+from kdqat.training.planner.optimizer import optimizer_cost
+from kdqat.training.planner.setup import read_setup, rows_of
+from kdqat.training.planner.student import count, matmul_parameters, meta_student, nbytes
 from kdqat.training.planner.teacher import TeacherCost, teacher_cost
 from kdqat.training.planner.time import seconds, step_work
-from kdqat.training.planner.trace import Rows, Trace, trace_forward
+from kdqat.training.planner.trace import trace_forward
 from kdqat.types import Batch, Outputs
-
-WEIGHTS, GRADIENTS, OPTIMIZER, TEACHER = "student weights", "gradients", "optimizer state", "teacher"
-ACTIVATIONS, COPIES, QUANTIZATION = "activations", "weight copies", "fake quantization"
-BLOCK, LOSS, ANSWER, SPREAD, OTHER = "one block's backward", "loss", "teacher's pass", "sharding, buckets", "other"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, TEACHER, ACTIVATIONS, COPIES, QUANTIZATION, BLOCK, LOSS, ANSWER, SPREAD, OTHER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +104,7 @@ def plan_memory(module: KDQATModule, data: TextData, trainer_args: Mapping[str, 
     fp16 = setup.autocast == torch.float16
     optimizer = optimizer_cost(module.optimizer_factory, trainable, device=setup.device, fp16=fp16)
     notes += [note for note in (teacher.note, optimizer.note) if note]
-    moments = _moments(split, setup, parallel.shard, trace, kept, again, loss, optimizer, teacher)
+    moments = moments_of(split, setup, parallel.shard, trace, kept, again, loss, optimizer, teacher)
     state = nbytes(split) + nbytes(split, trainable_only=True) + optimizer.state
     work = step_work(
         split.model.config, matmul_parameters(split), teacher, rows, made=trace.made, loss_made=loss.made, state=state,
@@ -123,60 +117,6 @@ def plan_memory(module: KDQATModule, data: TextData, trainer_args: Mapping[str, 
         seconds_per_step=None if speed is None else seconds(work, speed, device=here, compiled=compiled),
         steps=setup.steps, notes=tuple(notes),
     )  # fmt: skip
-
-
-def _moments(
-    split: SplitModel, setup: Setup, shard: bool, trace: Trace, kept: Kept, again: Kept, loss: LossCost,
-    optimizer: OptimizerCost, teacher: TeacherCost,
-) -> dict[str, dict[str, int]]:  # fmt: skip
-    """What exists in each moment of a step after the first."""
-    ranks = setup.world_size if shard else 1
-    blocks, gradients = block_bytes(split), nbytes(split, trainable_only=True)
-    weights = nbytes(split)
-    always = {
-        WEIGHTS: weights // ranks,
-        OPTIMIZER: optimizer.state // ranks,
-        TEACHER: teacher.weights // ranks,
-    }
-    gathered = teacher_gathered = buckets = 0
-    if shard and ranks > 1:  # the block that computes, the next one, and the root with the head
-        gathered = 2 * max(blocks) + weights - sum(blocks)
-        teacher_gathered = 2 * teacher.largest_block
-    elif setup.world_size > 1:
-        buckets = gradients  # DDP's
-    saved = {ACTIVATIONS: kept.activations, COPIES: kept.weight_copies, QUANTIZATION: kept.fake_quantization}
-    judged = trace.size(trace.judged)  # losses on hidden states follow those on logits
-    block = again.total + _backward_temporaries(trace, split)
-    has_old = setup.accumulate > 1
-    old = {GRADIENTS: gradients // ranks}
-    moments: dict[str, dict[str, int]] = {
-        "teacher's forward pass": {**always, **old, ANSWER: teacher.working, SPREAD: teacher_gathered + buckets},
-        "loss": {
-            **always, GRADIENTS: gradients // ranks + loss.head_gradient, **saved,
-            ACTIVATIONS: kept.activations - judged, LOSS: max(loss.temporaries, judged), ANSWER: teacher.answer, SPREAD: gathered + buckets,
-        },
-        "start of backward": {
-            **always, GRADIENTS: (gradients // ranks if has_old else 0) + loss.head_gradient, **saved, BLOCK: block,
-            SPREAD: gathered + buckets,
-        },
-        "end of backward": {
-            **always, **old, **{part: size // max(len(blocks), 1) for part, size in saved.items()}, BLOCK: block,
-            SPREAD: gathered + buckets,
-        },
-        "optimizer step": {**always, **old, BLOCK: optimizer.temporaries // ranks, SPREAD: buckets},
-    }  # fmt: skip
-    fixed = hardware.CUDA_CONTEXT + hardware.CUDA_WORKSPACE if setup.device == "cuda" else hardware.CPU_PROCESS
-    for moment in moments.values():
-        moment[OTHER] = fixed + round(hardware.FRAGMENTATION * sum(moment.values()))
-    return moments
-
-
-def _backward_temporaries(trace: Trace, split: SplitModel) -> int:
-    """Gradients on their way through one block: of its two largest activations, and of its largest weight in fp32
-    while that passes a fake quantizer."""
-    sizes = [trace.nbytes[n] for n in set().union(*trace.saved.values()) - trace.static - trace.quantizing]
-    weight = max((p.numel() for p in split.parameters() if p.requires_grad), default=0)
-    return 2 * max(sizes, default=0) + 2 * 4 * weight
 
 
 def _judge(module: KDQATModule, teacher: TeacherCost) -> Any:
@@ -194,6 +134,3 @@ def _judge(module: KDQATModule, teacher: TeacherCost) -> Any:
             term(student, theirs, batch)
 
     return judge
-
-
-__all__ = ["PARTS", "MemoryPlan", "Rows", "plan_memory"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from kdqat.training.planner.plan import PARTS, MemoryPlan
+from kdqat.training.planner.moments import PARTS
+from kdqat.training.planner.plan import MemoryPlan
 
 
 def print_plan(plan: MemoryPlan, console: Console) -> None:
