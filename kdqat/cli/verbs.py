@@ -169,8 +169,8 @@ def _announce(recipe: Recipe) -> None:
     assert recipe.data is not None
     try:
         describe(api.plan_memory(recipe.model, recipe.data, recipe.trainer), console)
-    except ValueError as error:
-        console.print(f"memory: {error}")
+    except Exception as error:  # a plan that fails must not stop the run it is about
+        console.print(f"memory: no plan ({error})")
 
 
 def _export(student: Student, exporters: Sequence[Exporter], folder: Path, *, overwrite: bool) -> None:

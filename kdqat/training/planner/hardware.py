@@ -47,7 +47,7 @@ def available_bytes(device: str, processes: int) -> int | None:
 
 def probe(device: str, dtype: torch.dtype) -> Speed:
     """Run a matmul and an addition for a moment each."""
-    size, elements = (4096, 2**27) if device == "cuda" else (512, 2**23)
+    size, elements = (4096, 2**25) if device == "cuda" else (512, 2**23)
     a = torch.ones((size, size), device=device, dtype=dtype)
     x = torch.ones(elements, device=device)
     y = torch.empty_like(x)
