@@ -33,6 +33,8 @@ from kdqat.quant import LSQ, QuantizerFactory
 from kdqat.spec import LayerScheme
 from kdqat.student import Student, prepare_student
 from kdqat.training import Checkpoints, CSVMetrics, KDQATModule, WarmupCosine, WholeFileIO
+from kdqat.training.planner import MemoryPlan
+from kdqat.training.planner import plan_memory as _plan_memory
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,18 @@ def fit(
     trainer.fit(module, datamodule=data, weights_only=True)
     student.split.cpu().eval()
     return student
+
+
+def plan_memory(module: KDQATModule, data: TextData, trainer_args: dict[str, Any]) -> MemoryPlan:
+    """Memory and time that training will take, without loading a weight (docs/memory.md).
+
+    Args:
+        trainer_args: as of a recipe's trainer section.
+
+    Raises:
+        ValueError: for what training would refuse as well, or what cannot be planned.
+    """
+    return _plan_memory(module, data, trainer_args)
 
 
 def bind_data(data: TextData, student: Student) -> None:

@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--overwrite", action="store_true", help="replace this verb's earlier output")
         if name == "fit":
             verb.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+            verb.add_argument("--dry_run", action="store_true", help="print memory and time of the run; run nothing")
     return parser
 
 

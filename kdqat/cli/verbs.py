@@ -6,8 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from kdqat import api
 from kdqat.callbacks import StopOnSignal
+from kdqat.cli.parser import Recipe, parse_recipe
 from kdqat.cli.session import (
     begin,
     compare,
@@ -25,6 +28,7 @@ from kdqat.exporters import Exporter
 from kdqat.student import Student, load_student
 from kdqat.training import newest_complete
 from kdqat.training.gather import gather_student
+from kdqat.training.planner import describe, print_plan
 
 
 def quantize(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -38,6 +42,8 @@ def quantize(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Train, save student/, then run the recipe's evaluate and export sections."""
+    if options.dry_run:
+        return dry_run(options, overrides)
     recipe = begin("fit", options, overrides, resume=options.resume)
     if recipe.data is None:
         raise ValueError(f"{options.recipe}: fit needs a data section (docs/recipes.md)")
@@ -50,6 +56,8 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         api.require_exportable(student, exporter, recipe.run.export / exporter.name, overwrite=overwrite)
     api.bind_data(recipe.data, student)
     start("fit", recipe, options)
+    if first_process():
+        _announce(recipe)
     if recipe.evaluators and first_process():
         measure_rtn(recipe, student)
     try:
@@ -70,6 +78,16 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if recipe.evaluators:
         compare(recipe, student, recipe.run.student)
     _export(student, recipe.exporters, recipe.run.export, overwrite=overwrite)
+    return 0
+
+
+def dry_run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Print what `fit` would take; no weight is loaded and the run directory is not touched."""
+    quiet()
+    recipe = parse_recipe(options.recipe, overrides)
+    if recipe.data is None:
+        raise ValueError(f"{options.recipe}: fit needs a data section (docs/recipes.md)")
+    print_plan(api.plan_memory(recipe.model, recipe.data, recipe.trainer), Console(highlight=False))
     return 0
 
 
@@ -144,6 +162,15 @@ def generate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if options.chat:
         tokens = tokens[inputs["input_ids"].shape[1] :]
     print(student.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _announce(recipe: Recipe) -> None:
+    """What the run will take, in a line; it goes on where that cannot be said."""
+    assert recipe.data is not None
+    try:
+        describe(api.plan_memory(recipe.model, recipe.data, recipe.trainer), console)
+    except Exception as error:  # a plan that fails must not stop the run it is about
+        console.print(f"memory: no plan ({error})")
 
 
 def _export(student: Student, exporters: Sequence[Exporter], folder: Path, *, overwrite: bool) -> None:

@@ -5,8 +5,10 @@ Weights are read from safetensors or GGUF only; pickled checkpoints are refused.
 
 from __future__ import annotations
 
+import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +58,22 @@ class ModelSource:
             model = auto_class(config).from_pretrained(where, dtype=getattr(torch, self.dtype), **extra, **weights)
         if "gguf_file" in extra:
             _forget_gguf(model)
+        return model.eval()
+
+    def load_meta(self) -> nn.Module:
+        """The model on the meta device: shapes and dtypes as `load_model`'s, without reading a weight.
+
+        Raises:
+            ValueError: as `load_model`.
+        """
+        dtype = getattr(torch, self.dtype)
+        if self.path.startswith("toy:"):
+            with torch.device("meta"):
+                return toy_model(self._toy_kind()).to(dtype).eval()
+        with _explained(self.path):
+            config = copy.deepcopy(_config_of(replace(self, dtype="float32")))
+            with torch.device("meta"):
+                model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
         return model.eval()
 
     def load_tokenizer(self) -> Any:
@@ -108,6 +126,15 @@ def auto_class(config: Any) -> Any:
     if any(name.endswith("Model") and "Head" not in name for name in names):  # GPT2LMHeadModel has one
         return AutoModel
     return AutoModelForCausalLM
+
+
+@lru_cache(maxsize=4)
+def _config_of(source: ModelSource) -> Any:
+    """Read once for student and teacher: of a GGUF it takes seconds."""
+    from transformers import AutoConfig
+
+    where, extra = source._locate()
+    return AutoConfig.from_pretrained(where, **extra)
 
 
 def _forget_gguf(model: Any) -> None:

@@ -1,0 +1,78 @@
+"""What exists together in each moment of an optimizer step after the first.
+
+Not everything exists at once. Lightning sets gradients to zero between forward and backward, so those of the last step
+are there in the forward pass; activations go while the backward pass makes gradients anew; the optimizer's temporaries
+come when both are settled. Each moment is added up by itself and the largest one decides (docs/memory.md).
+"""
+
+from __future__ import annotations
+
+from kdqat.models import SplitModel
+from kdqat.training.planner import hardware
+from kdqat.training.planner.activations import Kept
+from kdqat.training.planner.loss import LossCost
+from kdqat.training.planner.optimizer import OptimizerCost
+from kdqat.training.planner.setup import Setup
+from kdqat.training.planner.student import block_bytes, nbytes
+from kdqat.training.planner.teacher import TeacherCost
+from kdqat.training.planner.trace import Trace
+
+WEIGHTS, GRADIENTS, OPTIMIZER, TEACHER = "student weights", "gradients", "optimizer state", "teacher"
+ACTIVATIONS, COPIES, QUANTIZATION = "activations", "weight copies", "fake quantization"
+BLOCK, LOSS, ANSWER, SPREAD, OTHER = "one block's backward", "loss", "teacher's pass", "sharding, buckets", "other"
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, TEACHER, ACTIVATIONS, COPIES, QUANTIZATION, BLOCK, LOSS, ANSWER, SPREAD, OTHER)
+
+
+def moments_of(
+    split: SplitModel, setup: Setup, shard: bool, trace: Trace, kept: Kept, again: Kept, loss: LossCost,
+    optimizer: OptimizerCost, teacher: TeacherCost,
+) -> dict[str, dict[str, int]]:  # fmt: skip
+    """What exists in each moment of a step after the first."""
+    ranks = setup.world_size if shard else 1
+    blocks, gradients = block_bytes(split), nbytes(split, trainable_only=True)
+    weights = nbytes(split)
+    always = {
+        WEIGHTS: weights // ranks,
+        OPTIMIZER: optimizer.state // ranks,
+        TEACHER: teacher.weights // ranks,
+    }
+    gathered = teacher_gathered = buckets = 0
+    if shard and ranks > 1:  # the block that computes, the next one, and the root with the head
+        gathered = 2 * max(blocks) + weights - sum(blocks)
+        teacher_gathered = 2 * teacher.largest_block
+    elif setup.world_size > 1:
+        buckets = gradients  # DDP's
+    saved = {ACTIVATIONS: kept.activations, COPIES: kept.weight_copies, QUANTIZATION: kept.fake_quantization}
+    judged = trace.size(trace.judged)  # losses on hidden states follow those on logits
+    block = again.total + _backward_temporaries(trace, split)
+    has_old = setup.accumulate > 1
+    old = {GRADIENTS: gradients // ranks}
+    moments: dict[str, dict[str, int]] = {
+        "teacher's forward pass": {**always, **old, ANSWER: teacher.working, SPREAD: teacher_gathered + buckets},
+        "loss": {
+            **always, GRADIENTS: gradients // ranks + loss.head_gradient, **saved,
+            ACTIVATIONS: kept.activations - judged,
+            LOSS: max(loss.temporaries, judged), ANSWER: teacher.answer, SPREAD: gathered + buckets,
+        },
+        "start of backward": {
+            **always, GRADIENTS: (gradients // ranks if has_old else 0) + loss.head_gradient, **saved, BLOCK: block,
+            SPREAD: gathered + buckets,
+        },
+        "end of backward": {
+            **always, **old, **{part: size // max(len(blocks), 1) for part, size in saved.items()}, BLOCK: block,
+            SPREAD: gathered + buckets,
+        },
+        "optimizer step": {**always, **old, BLOCK: optimizer.temporaries // ranks, SPREAD: buckets},
+    }  # fmt: skip
+    fixed = hardware.CUDA_CONTEXT + hardware.CUDA_WORKSPACE if setup.device == "cuda" else hardware.CPU_PROCESS
+    for moment in moments.values():
+        moment[OTHER] = fixed + round(hardware.FRAGMENTATION * sum(moment.values()))
+    return moments
+
+
+def _backward_temporaries(trace: Trace, split: SplitModel) -> int:
+    """Gradients on their way through one block: of its two largest activations, and of its largest weight in fp32
+    while that passes a fake quantizer."""
+    sizes = [trace.nbytes[n] for n in set().union(*trace.saved.values()) - trace.static - trace.quantizing]
+    weight = max((p.numel() for p in split.parameters() if p.requires_grad), default=0)
+    return 2 * max(sizes, default=0) + 2 * 4 * weight
