@@ -168,6 +168,12 @@ class KDQATModule(L.LightningModule):
         log.info(describe_ways(self.split, self.trainer.strategy.root_device))
         self._configured = True
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Lightning drops the last step's gradients between forward and backward: as many bytes as the weights have,
+        # at the moment when activations are largest
+        if not self._step:
+            self.zero_grad(set_to_none=True)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.loss is not None
         teacher = self.teacher.outputs(batch, self.loss.wants) if self.teacher is not None else None

@@ -1,7 +1,7 @@
 """What exists together in each moment of an optimizer step after the first.
 
-Not everything exists at once. Lightning sets gradients to zero between forward and backward, so those of the last step
-are there in the forward pass; activations go while the backward pass makes gradients anew; the optimizer's temporaries
+Not everything exists at once. Gradients are dropped before the forward pass (`on_train_batch_start` of the module),
+unless several micro-batches add up; activations go while the backward pass makes gradients anew; the optimizer's temporaries
 come when both are settled. Each moment is added up by itself and the largest one decides (docs/memory.md).
 """
 
@@ -45,24 +45,26 @@ def moments_of(
     saved = {ACTIVATIONS: kept.activations, COPIES: kept.weight_copies, QUANTIZATION: kept.fake_quantization}
     judged = trace.size(trace.judged)  # losses on hidden states follow those on logits
     block = again.total + _backward_temporaries(trace, split)
-    has_old = setup.accumulate > 1
-    old = {GRADIENTS: gradients // ranks}
+    made = {GRADIENTS: gradients // ranks}
+    held = gradients // ranks if setup.accumulate > 1 else 0  # of earlier micro-batches
     moments: dict[str, dict[str, int]] = {
-        "teacher's forward pass": {**always, **old, ANSWER: teacher.working, SPREAD: teacher_gathered + buckets},
+        "teacher's forward pass": {
+            **always, GRADIENTS: held, ANSWER: teacher.working, SPREAD: teacher_gathered + buckets,
+        },
         "loss": {
-            **always, GRADIENTS: gradients // ranks + loss.head_gradient, **saved,
+            **always, GRADIENTS: held + loss.head_gradient, **saved,
             ACTIVATIONS: kept.activations - judged,
             LOSS: max(loss.temporaries, judged), ANSWER: teacher.answer, SPREAD: gathered + buckets,
         },
         "start of backward": {
-            **always, GRADIENTS: (gradients // ranks if has_old else 0) + loss.head_gradient, **saved, BLOCK: block,
+            **always, GRADIENTS: held + loss.head_gradient, **saved, BLOCK: block,
             SPREAD: gathered + buckets,
         },
         "end of backward": {
-            **always, **old, **{part: size // max(len(blocks), 1) for part, size in saved.items()}, BLOCK: block,
+            **always, **made, **{part: size // max(len(blocks), 1) for part, size in saved.items()}, BLOCK: block,
             SPREAD: gathered + buckets,
         },
-        "optimizer step": {**always, **old, BLOCK: optimizer.temporaries // ranks, SPREAD: buckets},
+        "optimizer step": {**always, **made, BLOCK: optimizer.temporaries // ranks, SPREAD: buckets},
     }  # fmt: skip
     fixed = hardware.CUDA_CONTEXT + hardware.CUDA_WORKSPACE if setup.device == "cuda" else hardware.CPU_PROCESS
     for moment in moments.values():
