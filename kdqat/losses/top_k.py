@@ -6,8 +6,8 @@
 Outside the k the teacher is taken to share the student's opinion of who gets how much of the stored tail mass. There
 p_v / q_v is one number, so every f-divergence (both KLs, JSD, TVD) equals that over k + 1 buckets, the k tokens and
 "any other", in value and in gradient: the tail as a whole is trained, its inside is not. Any loss on logits works
-with it, unaware. Dropping the tail and renormalising the k would teach the student to give the rest nothing
-(https://arxiv.org/abs/2503.16870 shows the bias).
+with it, unaware; but a token of the tail may come out likelier than a kept one. Dropping the tail and renormalising
+the k would teach the student to give the rest nothing (https://arxiv.org/abs/2503.16870).
 
 Rounding is undone first: stored in 16 bits, the k probabilities and the tail sum to 1 within some 1e-3 only, so all
 k + 1 are divided by their sum. At a temperature other than 1 the rebuilt distribution is tempered, which is an
