@@ -41,5 +41,5 @@ def dense_log_probs(teacher: TopKRows, student_logits: Tensor) -> Tensor:
     log_sum = torch.logaddexp(kept.logsumexp(-1), log_tail)
     # over the tail itself: 1 - (the mass of the k) has no digits left where the student is sure
     log_q_tail = log_q.scatter(-1, teacher.ids, -torch.inf).logsumexp(-1)
-    shift = log_tail - log_sum - log_q_tail.clamp_min(torch.finfo(log_q.dtype).min)  # finite: -inf - -inf is NaN
+    shift = log_tail - log_sum - log_q_tail  # NaN where all V tokens are kept, and all are overwritten
     return (log_q + shift[:, None]).scatter(-1, teacher.ids, kept - log_sum[:, None])

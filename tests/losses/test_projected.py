@@ -12,8 +12,8 @@ import kdqat.losses.projected as projected
 from kdqat.losses import CAKLD, TVD, CrossEntropy, ForwardKL, GeneralizedJSD, LogitLoss, ReverseKL, WeightedSum
 from kdqat.losses.head_gradient import add_product
 from kdqat.losses.select import target_mask
-from kdqat.types import Outputs, Projection
-from tests.losses.toy import VOCABULARY, Head, Model, ragged_batch, random_batch
+from kdqat.types import Batch, Outputs, Projection
+from tests.losses.toy import VOCABULARY, WIDTH, Head, Model, ragged_batch, random_batch
 
 LOSSES = {
     "forward": lambda **k: ForwardKL(**k),
@@ -162,16 +162,18 @@ def test_gradients_are_handed_on_and_a_second_backward_pass_says_so():
 
 
 class Spy(TorchDispatchMode):
-    """Shapes and dtypes of all tensors that operations give."""
+    """Shapes and dtypes of all tensors that operations give; how often a weight was cast."""
 
     def __init__(self):
         super().__init__()
-        self.seen = set()
+        self.seen: set[tuple[tuple[int, ...], torch.dtype]] = set()
+        self.casts = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.seen.add((tuple(out.shape), out.dtype))
+            self.casts += func is torch.ops.aten._to_copy.default and out.shape == (VOCABULARY, WIDTH)
         return out
 
 
@@ -185,18 +187,19 @@ def test_no_logits_beyond_a_chunk_exist_and_none_are_kept_for_the_backward_pass(
         during = set(spy.seen)
         alive = [shape for shape in saved if shape[-1:] == (VOCABULARY,)]
         total.backward()
+    assert spy.casts == 1  # of the student's weight; the gradient is in fp32 as it is
     rows = {dtype: {s[0] for s, d in during if s[1:] == (VOCABULARY,) and d == dtype} for _, dtype in during}
     assert max(rows[torch.bfloat16]) == 5 and max(rows[torch.float32]) == 3  # 2-D in fp32 only a few rows at a time
     assert all(len(shape) < 2 or shape[0] <= 3 for shape in alive)
     assert all(shape[-1:] != (VOCABULARY,) for shape, _ in spy.seen - during)
 
 
-def wide(seed: int = 0, tokens: int = 65) -> tuple[Tensor, Tensor, Outputs, object]:
+def wide(vocabulary: int = 300, width: int = 32) -> tuple[Tensor, Tensor, Outputs, Batch]:
     """Hidden states and a weight as leaves, a teacher near them, and a batch of 4 x 64 targets."""
-    torch.manual_seed(seed)
-    batch = random_batch(4, tokens)
-    hidden, weight = torch.randn(4, tokens, 32).requires_grad_(), torch.randn(300, 32).requires_grad_()
-    near = (weight + 0.1 * torch.randn(300, 32)).detach()
+    torch.manual_seed(0)
+    batch = random_batch(4, 65)
+    hidden, weight = torch.randn(4, 65, width).requires_grad_(), torch.randn(vocabulary, width).requires_grad_()
+    near = (weight + 0.1 * torch.randn(vocabulary, width)).detach()
     return hidden, weight, Outputs(hidden.detach(), lambda h: h @ near.T, {}), batch
 
 
@@ -224,17 +227,29 @@ def test_the_weights_gradient_under_autocast_is_summed_and_handed_on_in_fp32():
 
 
 def test_fp16_keeps_gradients_that_a_loss_scale_would_come_too_late_for():
-    hidden, weight, teacher, batch = wide()
+    hidden, weight, teacher, batch = wide(vocabulary=20000, width=8)
     with torch.no_grad():
-        hidden *= 0.003  # nearly uniform predictions, close to the teacher's: g is about 1e-6
+        hidden *= 0.01  # nearly uniform predictions, near the teacher's: g is about 1e-7
+        for leaf in (hidden, weight):
+            leaf.copy_(leaf.half())  # so that fp16 rounds only what is made of them
     teacher = teacher._replace(hidden=hidden.detach())
-    run_wide(hidden, weight, teacher, batch).backward()
+    run_wide(hidden, weight, teacher, batch, chunk_tokens=64).backward()
     exact = [hidden.grad, weight.grad]
     with torch.autocast("cpu", torch.float16):
-        total = run_wide(hidden, weight, teacher, batch)
+        total = run_wide(hidden, weight, teacher, batch, chunk_tokens=64)
     (total * 2.0**16).backward()
-    scaled = [hidden.grad / 2**16, weight.grad / 2**16]
-    assert_near(scaled, exact, 0.25)  # fp16 logits are that far from fp32 ones; without FP16_SCALE it is above 0.5
+    assert_near([hidden.grad / 2**16, weight.grad / 2**16], exact, 0.02)
+
+
+def test_what_fp16_gradients_are_multiplied_by_makes_none_of_them_too_large():
+    hidden, weight, teacher, batch = wide()
+    with torch.no_grad():
+        hidden /= 40
+        weight *= 40
+    teacher = teacher._replace(hidden=-20 * hidden.detach())  # far away
+    with torch.autocast("cpu", torch.float16):
+        run_wide(hidden, weight, teacher, batch).backward()
+    assert hidden.grad.isfinite().all() and projected.FP16_SCALE * hidden.grad.abs().max() > 65504
 
 
 def test_a_sum_takes_products_of_narrower_factors():
