@@ -1,7 +1,7 @@
 """The loss contract (docs/architecture.md, section 6), for every loss in `kdqat.losses`.
 
 A new file in the package is found and imported; an import error fails. A loss whose constructor needs arguments
-gets them in ARGUMENTS.
+gets them in ARGUMENTS. Every test runs with a head that is only called and with one that is a projection.
 """
 
 from __future__ import annotations

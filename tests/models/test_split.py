@@ -101,6 +101,25 @@ def test_a_loss_gives_the_same_gradients_through_the_head_and_through_its_projec
         assert (ours - gradients[1][name]).norm() <= 1e-5 * gradients[1][name].norm(), name
 
 
+def test_a_compiled_loss_sees_one_head_in_all_batches(monkeypatch):
+    import kdqat.losses.projected as projected
+    from kdqat.losses.chunk import chunk_sums
+
+    torch._dynamo.reset()
+    graphs, loss = [], ForwardKL(2.0)
+    compiled = torch.compile(chunk_sums, backend=lambda graph, _: graphs.append(1) or graph.forward)
+    monkeypatch.setattr(projected, "_compiled_chunk_sums", lambda: compiled)
+    student, teacher = split("gemma2"), split("llama")
+    student.vocab_size = teacher.vocab_size = 256
+    for tokens in (6, 9):
+        batch = Batch(random_ids(2, tokens), random_ids(2, tokens))
+        outputs, targets = student(batch), teacher(batch)
+        expected = loss(outputs, targets, batch).sum
+        loss.compile_chunks()
+        torch.testing.assert_close(loss(outputs, targets, batch).sum, expected)
+    assert graphs == [1]
+
+
 def test_a_head_that_does_more_than_one_matmul_projects_nothing():
     class Twice(torch.nn.Linear):
         def forward(self, hidden):
