@@ -10,10 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdqat.losses.chunk as chunk
 import kdqat.losses.projected as projected
 from kdqat.losses import CAKLD, TVD, CrossEntropy, ForwardKL, GeneralizedJSD, LogitLoss, ReverseKL, WeightedSum
-from kdqat.losses.head_gradient import add_product
 from kdqat.losses.select import target_mask
-from kdqat.types import Batch, Outputs, Projection
-from tests.losses.toy import VOCABULARY, WIDTH, Head, Model, ragged_batch, random_batch
+from kdqat.types import Outputs
+from tests.losses.toy import VOCABULARY, WIDTH, Head, Model, assert_near, ragged_batch, random_batch
 
 LOSSES = {
     "forward": lambda **k: ForwardKL(**k),
@@ -65,11 +64,6 @@ def plain_total(loss, outputs: Outputs, targets: Outputs, batch) -> Tensor:
     counted = target_mask(batch)
     logits, teacher_logits = outputs.head(outputs.hidden)[counted], targets.head(targets.hidden)[counted].detach()
     return loss.token_loss(logits, teacher_logits, batch.labels.roll(-1, dims=1)[counted]).sum()
-
-
-def assert_near(ours: list[Tensor], plain: list[Tensor], tolerance: float) -> None:
-    for a, b in zip(ours, plain, strict=True):
-        assert a.dtype == b.dtype and (a - b).norm() <= tolerance * b.norm()
 
 
 @every_loss
@@ -194,76 +188,6 @@ def test_no_logits_beyond_a_chunk_exist_and_none_are_kept_for_the_backward_pass(
     assert all(shape[-1:] != (VOCABULARY,) for shape, _ in spy.seen - during)
 
 
-def wide(vocabulary: int = 300, width: int = 32) -> tuple[Tensor, Tensor, Outputs, Batch]:
-    """Hidden states and a weight as leaves, a teacher near them, and a batch of 4 x 64 targets."""
-    torch.manual_seed(0)
-    batch = random_batch(4, 65)
-    hidden, weight = torch.randn(4, 65, width).requires_grad_(), torch.randn(vocabulary, width).requires_grad_()
-    near = (weight + 0.1 * torch.randn(vocabulary, width)).detach()
-    return hidden, weight, Outputs(hidden.detach(), lambda h: h @ near.T, {}), batch
-
-
-def run_wide(hidden: Tensor, weight: Tensor, teacher: Outputs, batch, *, projects: bool = True, chunk_tokens: int = 16):
-    hidden.grad = weight.grad = None
-    projection = (lambda: Projection(weight, None, lambda logits: logits)) if projects else None
-    student = Outputs(hidden, lambda h: torch.nn.functional.linear(h, weight), {}, projection)
-    return ForwardKL(chunk_tokens=chunk_tokens)(student, teacher, batch).sum
-
-
-def test_the_weights_gradient_under_autocast_is_summed_and_handed_on_in_fp32():
-    hidden, weight, teacher, batch = wide()
-    rows = hidden.detach()[:, :-1].flatten(0, 1).bfloat16()
-    logits = (rows @ weight.detach().T.bfloat16()).requires_grad_()
-    ForwardKL().token_loss(logits, teacher.head(teacher.hidden[:, :-1].flatten(0, 1)), None).sum().backward()
-    exact, errors = logits.grad.double().T @ rows.double(), []
-    for projects in (True, False):
-        with torch.autocast("cpu", torch.bfloat16):
-            total = run_wide(hidden, weight, teacher, batch, projects=projects, chunk_tokens=4)
-        total.backward()
-        errors.append(((weight.grad - exact).norm() / exact.norm()).item())
-        assert weight.grad.dtype == hidden.grad.dtype == torch.float32
-        assert torch.equal(weight.grad, weight.grad.bfloat16().float()) != projects
-    assert errors[0] < 0.002 and errors[0] < errors[1] / 2  # 64 chunks, each rounded; and a sum rounded 64 times
-
-
-def test_fp16_keeps_gradients_that_a_loss_scale_would_come_too_late_for():
-    hidden, weight, teacher, batch = wide(vocabulary=20000, width=8)
-    with torch.no_grad():
-        hidden *= 0.01  # nearly uniform predictions, near the teacher's: g is about 1e-7
-        for leaf in (hidden, weight):
-            leaf.copy_(leaf.half())  # so that fp16 rounds only what is made of them
-    teacher = teacher._replace(hidden=hidden.detach())
-    run_wide(hidden, weight, teacher, batch, chunk_tokens=64).backward()
-    exact = [hidden.grad, weight.grad]
-    with torch.autocast("cpu", torch.float16):
-        total = run_wide(hidden, weight, teacher, batch, chunk_tokens=64)
-    (total * 2.0**16).backward()
-    assert_near([hidden.grad / 2**16, weight.grad / 2**16], exact, 0.02)
-
-
-def test_what_fp16_gradients_are_multiplied_by_makes_none_of_them_too_large():
-    hidden, weight, teacher, batch = wide()
-    with torch.no_grad():
-        hidden /= 40
-        weight *= 40
-    teacher = teacher._replace(hidden=-20 * hidden.detach())  # far away
-    with torch.autocast("cpu", torch.float16):
-        run_wide(hidden, weight, teacher, batch).backward()
-    assert hidden.grad.isfinite().all() and projected.FP16_SCALE * hidden.grad.abs().max() > 65504
-
-
-def test_a_sum_takes_products_of_narrower_factors():
-    torch.manual_seed(0)
-    left, right = torch.randn(7, 5), torch.randn(5, 3)
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 0.002)):
-        total = torch.ones(7, 3)
-        add_product(total, left.to(dtype), right.to(dtype))
-        assert (total - 1 - left @ right).norm() <= tolerance * (left @ right).norm()
-    total = torch.zeros(1, 1)
-    add_product(total, torch.full((1, 8), 200.0).half(), torch.full((8, 1), 200.0).half())
-    assert total.item() == 320000  # beyond fp16
-
-
 def count_compiled_frames(monkeypatch) -> list[int]:
     """Replaces the compiler by one that counts graphs, over a fresh cache; the last place is what counts."""
     torch._dynamo.reset()
@@ -294,47 +218,6 @@ def test_compiling_is_off_until_asked_for(make, monkeypatch):
     count, loss, batch = count_compiled_frames(monkeypatch), make(), random_batch()
     loss(Model(0).outputs(batch), Model(1).outputs(batch), batch)
     assert count == [0]
-
-
-def test_compiled_is_eager_and_keeps_no_fp32_logits():
-    torch._dynamo.reset()
-    hidden, weight, teacher, batch = wide()
-    saved: list[tuple[torch.Size, torch.dtype]] = []
-    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append((x.shape, x.dtype)) or x, lambda x: x)
-    results = []
-    for compiled in (False, True):
-        terms = chunk.Terms({"kl": ForwardKL().token_loss, "ce": CrossEntropy().token_loss}, (1.0, 0.3), {})
-        with torch.no_grad():
-            logits = (hidden[0] @ weight.T).bfloat16()
-            answer = teacher.head(hidden[0]).bfloat16()
-        with keep if compiled else torch.no_grad():
-            results.append(
-                projected.value_and_grad(terms, lambda x: x, logits, answer, batch.labels[0], compiled=compiled)
-            )
-    (eager, eager_gradient), (sums, gradient) = results
-    torch.testing.assert_close(sums, eager, rtol=1e-4, atol=0)
-    assert gradient.dtype == torch.bfloat16
-    assert_near([gradient], [eager_gradient], 0.004)
-    assert {dtype for shape, dtype in saved if shape == logits.shape} == {torch.bfloat16}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_on_a_gpu_16_bit_products_are_added_in_fp32(dtype):
-    from kdqat.losses.head_gradient import adds_in_fp32
-
-    hidden, weight, teacher, batch = wide()
-    run_wide(hidden, weight, teacher, batch).backward()
-    exact = [hidden.grad, weight.grad]
-    hidden, weight = (x.detach().cuda().requires_grad_() for x in (hidden, weight))
-    near = teacher.head(torch.eye(32)).T.cuda()
-    teacher = Outputs(hidden.detach(), lambda h: h @ near.T, {})
-    batch = batch._replace(input_ids=batch.input_ids.cuda(), labels=batch.labels.cuda())
-    with torch.autocast("cuda", dtype):
-        total = run_wide(hidden, weight, teacher, batch)
-    total.backward()
-    assert adds_in_fp32("cuda", dtype)
-    assert_near([hidden.grad.cpu(), weight.grad.cpu()], exact, 0.02)
 
 
 def test_a_loss_that_ignores_the_student_gives_zero_gradients():

@@ -98,3 +98,9 @@ def ragged_batch() -> Batch:
 def rows_of(batch: Batch, rows: slice) -> Batch:
     """A micro-batch."""
     return Batch(*(None if field is None else field[rows] for field in batch))
+
+
+def assert_near(ours: list[Tensor], plain: list[Tensor], tolerance: float) -> None:
+    """Each of `ours` is one of `plain` up to `tolerance` times its norm."""
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == b.dtype and (a - b).norm() <= tolerance * b.norm()
