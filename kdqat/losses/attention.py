@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdqat.losses.base import DistillLoss, check_layers, extra, paired_layers
 from kdqat.losses.select import Reduction, rows_at, target_positions
-from kdqat.types import Batch, LossParts, Outputs
+from kdqat.types import Batch, LossParts, Outputs, TopKOutputs
 
 _FLOOR = 1e-12  # below it a probability counts as this: a masked key has 0 in both maps, and 0 * log 0 must be 0
 
@@ -41,7 +41,7 @@ class AttentionTransfer(DistillLoss):
         check_layers(layers)
         self.layers = layers
 
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> LossParts:
+    def forward(self, student: Outputs, teacher: Outputs | TopKOutputs | None, batch: Batch) -> LossParts:
         """The summed KL; `by_name` has "attention_transfer"."""
         self.check_teacher(teacher)
         assert teacher is not None

@@ -17,7 +17,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from kdqat.losses.select import Reduction, num_targets
-from kdqat.types import Batch, LossParts, Outputs
+from kdqat.types import Batch, LossParts, Outputs, TopKOutputs
 
 
 class DistillLoss(nn.Module, ABC):
@@ -45,12 +45,15 @@ class DistillLoss(nn.Module, ABC):
         self.reduction: Reduction = reduction
 
     @abstractmethod
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> LossParts:
+    def forward(self, student: Outputs, teacher: Outputs | TopKOutputs | None, batch: Batch) -> LossParts:
         """The loss of one micro-batch, not divided by anything.
 
         Raises:
             ValueError: if the loss needs a teacher and gets None, or needs extras that are not there.
         """
+
+    def compile_chunks(self) -> None:
+        """torch.compile what a loss on logits does chunk by chunk; other losses have nothing of the kind."""
 
     @property
     def name(self) -> str:
@@ -61,7 +64,7 @@ class DistillLoss(nn.Module, ABC):
         """`LossParts.num` of this batch, 0-D int64, known before the forward pass."""
         return num_targets(batch, self.reduction)
 
-    def check_teacher(self, teacher: Outputs | None) -> None:
+    def check_teacher(self, teacher: Outputs | TopKOutputs | None) -> None:
         """
         Raises:
             ValueError: if this loss needs a teacher and there is none.
@@ -73,7 +76,7 @@ class DistillLoss(nn.Module, ABC):
             )
 
 
-def extra(outputs: Outputs, key: str, loss: DistillLoss) -> tuple[Tensor, ...]:
+def extra(outputs: Outputs | TopKOutputs, key: str, loss: DistillLoss) -> tuple[Tensor, ...]:
     """`outputs.extras[key]`, one tensor per layer.
 
     Raises:

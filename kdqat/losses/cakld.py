@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from kdqat.losses.chunked import TokenLoss
+from kdqat.losses.chunk import TokenLoss
 from kdqat.losses.logits import LogitLoss, check_fraction
 from kdqat.losses.select import Reduction
 from kdqat.metrics import kl_divergence, log_probs, token_confidence

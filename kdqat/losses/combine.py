@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from kdqat.losses.base import DistillLoss
 from kdqat.losses.logits import LogitLoss, sum_logit_losses
-from kdqat.types import Batch, LossParts, Outputs
+from kdqat.types import Batch, LossParts, Outputs, TopKOutputs
 
 
 class WeightedSum(DistillLoss):
@@ -49,7 +49,13 @@ class WeightedSum(DistillLoss):
         self.wants = frozenset().union(*(term.wants for term in terms))
         self.needs_teacher = any(term.needs_teacher for term in terms)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> LossParts:
+    def compile_chunks(self) -> None:
+        """See `LogitLoss`; of all terms."""
+        for term in self.terms:
+            assert isinstance(term, DistillLoss)
+            term.compile_chunks()
+
+    def forward(self, student: Outputs, teacher: Outputs | TopKOutputs | None, batch: Batch) -> LossParts:
         """The weighted sum of one micro-batch.
 
         Raises:
@@ -58,21 +64,21 @@ class WeightedSum(DistillLoss):
         terms = self._named_terms()
         for term in terms.values():
             term.check_teacher(teacher)
+        weights = dict(zip(terms, self.weights, strict=True))
         on_logits = {name: term for name, term in terms.items() if isinstance(term, LogitLoss)}
-        sums = sum_logit_losses(on_logits, student, teacher, batch) if on_logits else {}
-        by_name = {name: value.detach() for name, value in sums.items()}
+        total, by_name = student.hidden.new_zeros(()), dict[str, Tensor]()
+        if on_logits:
+            factors = [weights[name] for name in on_logits]
+            compiled = any(term.compiled for term in on_logits.values())
+            total, by_name = sum_logit_losses(on_logits, factors, student, teacher, batch, compiled=compiled)
         for name, term in terms.items():
             if name in on_logits:
                 continue
             parts = term(student, teacher, batch)
-            sums[name] = parts.sum
+            total = total + weights[name] * parts.sum
             by_name[name] = parts.sum.detach()
             for key, value in parts.by_name.items():
                 by_name.setdefault(key, value)
-        total = sum(
-            (weight * sums[name] for name, weight in zip(terms, self.weights, strict=True)),
-            start=student.hidden.new_zeros(()),
-        )
         return LossParts(total, self.num_targets(batch), by_name)
 
     def _named_terms(self) -> dict[str, DistillLoss]:

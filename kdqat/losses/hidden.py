@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdqat.losses.base import DistillLoss, check_layers, extra, paired_layers
 from kdqat.losses.select import Reduction, rows_at, target_positions
-from kdqat.types import Batch, LossParts, Outputs
+from kdqat.types import Batch, LossParts, Outputs, TopKOutputs
 
 Distance = Literal["mse", "cosine"]
 
@@ -49,7 +49,7 @@ class HiddenStates(DistillLoss):
         self.kind = kind
         self.layers = layers
 
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> LossParts:
+    def forward(self, student: Outputs, teacher: Outputs | TopKOutputs | None, batch: Batch) -> LossParts:
         """The summed distance; `by_name` has "hidden_states"."""
         self.check_teacher(teacher)
         assert teacher is not None

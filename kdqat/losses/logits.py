@@ -8,15 +8,16 @@ several such losses cost one pass of the heads.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from kdqat.losses.base import DistillLoss
-from kdqat.losses.chunked import TokenLoss, sum_over_tokens
+from kdqat.losses.chunk import Terms, TokenLoss
+from kdqat.losses.chunked import sum_over_tokens
 from kdqat.losses.select import Reduction
 from kdqat.metrics import token_kl
-from kdqat.types import Batch, LossParts, Outputs
+from kdqat.types import Batch, LossParts, Outputs, TopKOutputs
 
 
 class LogitLoss(DistillLoss):
@@ -24,8 +25,11 @@ class LogitLoss(DistillLoss):
 
     Args:
         reduction: see `DistillLoss`.
-        chunk_tokens: tokens whose logits exist at a time: a handful of fp32 tensors [chunk_tokens, V]. Smaller
-            costs more kernel launches, nothing else.
+        chunk_tokens: tokens whose logits exist at a time, default 1024: with V = 128256 three bf16 tensors of 250 MiB.
+            Fewer take less memory, but read and write the sum of the head's gradient more often.
+
+    Attributes:
+        compiled: see `compile_chunks`.
 
     Raises:
         ValueError: for an unknown reduction or chunk_tokens below 1.
@@ -36,6 +40,7 @@ class LogitLoss(DistillLoss):
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}: 1024 suits most models")
         self.chunk_tokens = chunk_tokens
+        self.compiled = False
 
     @abstractmethod
     def token_loss(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
@@ -54,22 +59,33 @@ class LogitLoss(DistillLoss):
         """Whether `token_loss` is the plain KL[p; q], so that it need not be computed again for the log."""
         return False
 
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> LossParts:
+    def compile_chunks(self) -> None:
+        """torch.compile from here on what lies between the logits of a chunk and their gradient, where the student's
+        head is a projection: no fp32 tensor [chunk_tokens, V] exists then. Another length compiles nothing anew."""
+        self.compiled = True
+
+    def forward(self, student: Outputs, teacher: Outputs | TopKOutputs | None, batch: Batch) -> LossParts:
         """The loss of one micro-batch; `by_name` has this loss, and "kl" = KL[p; q] if there is a teacher.
 
         Raises:
             ValueError: if the loss needs a teacher and gets None, or the models do not fit together.
         """
         self.check_teacher(teacher)
-        sums = sum_logit_losses({self.name: self}, student, teacher, batch)
-        by_name = {name: value.detach() for name, value in sums.items()}
-        return LossParts(sums[self.name], self.num_targets(batch), by_name)
+        total, by_name = sum_logit_losses({self.name: self}, [1.0], student, teacher, batch, compiled=self.compiled)
+        return LossParts(total, self.num_targets(batch), by_name)
 
 
 def sum_logit_losses(
-    losses: Mapping[str, LogitLoss], student: Outputs, teacher: Outputs | None, batch: Batch
-) -> dict[str, Tensor]:
-    """Sums over tokens of each of `losses` and of their monitors, by name, 0-D; the heads run once per chunk.
+    losses: Mapping[str, LogitLoss],
+    weights: Sequence[float],
+    student: Outputs,
+    teacher: Outputs | TopKOutputs | None,
+    batch: Batch,
+    *,
+    compiled: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum over tokens of `losses`, 0-D and differentiable; and of each of them and of their monitors the
+    sum by name, detached. The heads run once per chunk.
 
     The smallest `chunk_tokens` among the losses holds for all.
     """
@@ -80,15 +96,10 @@ def sum_logit_losses(
     plain_kl = next((name for name, loss in losses.items() if loss.is_kl), None)
     if plain_kl is not None:
         monitors.pop("kl", None)
-    sums = sum_over_tokens(
-        {name: loss.token_loss for name, loss in losses.items()},
-        monitors,
-        student,
-        teacher,
-        batch,
-        chunk_tokens=min(loss.chunk_tokens for loss in losses.values()),
-    )
-    return sums if plain_kl is None else {**sums, "kl": sums[plain_kl]}
+    terms = Terms({name: loss.token_loss for name, loss in losses.items()}, tuple(weights), monitors)
+    chunk_tokens = min(loss.chunk_tokens for loss in losses.values())
+    sums = sum_over_tokens(terms, student, teacher, batch, chunk_tokens=chunk_tokens, compiled=compiled)
+    return sums.total, sums.by_name if plain_kl is None else {**sums.by_name, "kl": sums.by_name[plain_kl]}
 
 
 def check_temperature(temperature: float) -> None:

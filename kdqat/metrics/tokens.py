@@ -25,8 +25,10 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if temperature != 1.0:
         logits = logits.to(dtype) / temperature  # upcast first: a bf16 division rounds the logits again
-    # dtype= casts inside the kernel: no fp32 copy of the logits beside the result
-    return F.log_softmax(logits, dim=-1, dtype=dtype).clamp_min(torch.finfo(dtype).min)
+    # dtype= casts inside the kernel: no fp32 copy of the logits beside the result, nor a second result without a graph
+    result = F.log_softmax(logits, dim=-1, dtype=dtype)
+    lowest = torch.finfo(dtype).min
+    return result.clamp_min(lowest) if result.requires_grad else result.clamp_min_(lowest)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ gathers the root's parameters, the head among them, and they stay gathered until
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from kdqat.models.kv_cache import use_eager_attention
 from kdqat.models.roles import family_of, logit_transform
-from kdqat.types import Batch, Outputs
+from kdqat.quant import FakeQuantLinear
+from kdqat.types import Batch, Outputs, Projection
 
 NO_HEAD = "this encoder has no language-model head; judge it with EmbeddingAgreement"
 
@@ -56,7 +58,7 @@ class SplitModel(nn.Module):
             kwargs.pop("use_cache")
         answer = self.model.get_submodule(self.family.body)(**kwargs)
         extras = {want: tuple(getattr(answer, want)) for want in wants}
-        return Outputs(answer.last_hidden_state, self.head, extras)
+        return Outputs(answer.last_hidden_state, self.head, extras, self.projection if self.projects else None)
 
     def head(self, hidden: Tensor) -> Tensor:
         """The model's own logits [..., V] of hidden states [..., H]: bias, logit scale and soft-cap included.
@@ -66,12 +68,33 @@ class SplitModel(nn.Module):
         """
         if self.family.head is None:
             raise ValueError(NO_HEAD)
-        logits = self.model.get_submodule(self.family.head)(hidden)
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        if self._soft_cap is not None:
-            logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
-        return logits if self.vocab_size is None else logits[..., : self.vocab_size]
+        return self._transform(self.model.get_submodule(self.family.head)(hidden))
+
+    def projection(self) -> Projection:
+        """The same head as one matmul, its weight fake-quantized anew; only where it `projects`."""
+        assert self.projects and self.family.head is not None
+        head: Any = self.model.get_submodule(self.family.head)
+        weight = head.fake_quantized_weight() if isinstance(head, FakeQuantLinear) else head.weight
+        return Projection(weight, head.bias, self._transform)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the head is one matmul and a function of each logit: linear, its weight quantized at most. Not if
+        it has forward hooks, which only a call runs."""
+        if self.family.head is None:
+            return False
+        head = self.model.get_submodule(self.family.head)
+        if head._forward_hooks or head._forward_pre_hooks:
+            return False
+        if isinstance(head, FakeQuantLinear):
+            rounds = head.activation_fake_quantizer is not None or head.output_fake_quantizer is not None
+            return type(head).forward is FakeQuantLinear.forward and not rounds
+        return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+
+    @property
+    def _transform(self) -> Callable[[Tensor], Tensor]:
+        # a function of numbers, not a method: torch.compile looks into it, and has no business in a sharded module
+        return partial(transform_logits, scale=self._scale, soft_cap=self._soft_cap, vocab_size=self.vocab_size)
 
     def use_eager_attention(self) -> None:
         """Attention that materialises its weights, slower: what a loss on attentions needs."""
@@ -88,6 +111,15 @@ class SplitModel(nn.Module):
         if self.family.head is None:
             raise ValueError(NO_HEAD)
         return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def transform_logits(logits: Tensor, *, scale: float, soft_cap: float | None, vocab_size: int | None) -> Tensor:
+    """What a model does to the product [..., V] of hidden states and head: scale, soft-cap, cut at `vocab_size`."""
+    if scale != 1.0:
+        logits = logits * scale
+    if soft_cap is not None:
+        logits = torch.tanh(logits / soft_cap) * soft_cap
+    return logits if vocab_size is None else logits[..., :vocab_size]
 
 
 def cut_vocabulary(student: SplitModel, teacher: SplitModel, tokenizers: Callable[[], tuple[Any, Any]]) -> str | None:

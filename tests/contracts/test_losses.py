@@ -1,7 +1,7 @@
 """The loss contract (docs/architecture.md, section 6), for every loss in `kdqat.losses`.
 
 A new file in the package is found and imported; an import error fails. A loss whose constructor needs arguments
-gets them in ARGUMENTS.
+gets them in ARGUMENTS. Every test runs with a head that is only called and with one that is a projection.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kdqat.losses import (
     WeightedSum,
 )
 from kdqat.losses.select import num_targets
-from kdqat.types import Batch, Outputs
+from kdqat.types import Batch
 from tests.losses.toy import Model, ragged_batch, random_batch, rows_of
 
 
@@ -51,6 +51,12 @@ def found_losses() -> list[type[DistillLoss]]:
 
 def make(cls: type[DistillLoss], **kwargs) -> DistillLoss:
     return ARGUMENTS.get(cls, cls)(**kwargs)
+
+
+@pytest.fixture(autouse=True, params=["head", "projection"])
+def _way(request, monkeypatch):
+    """Both ways of `losses/chunked.py`."""
+    monkeypatch.setattr(Model, "projects", request.param == "projection")
 
 
 every_loss = pytest.mark.parametrize("cls", found_losses(), ids=lambda cls: cls.__name__)
@@ -95,7 +101,7 @@ def test_gradients_are_finite_and_padded_positions_get_none(cls):
     leaves = [h.detach().clone().requires_grad_() for h in hidden]
     maps = tuple(a.detach().clone().requires_grad_() for a in outputs.extras["attentions"])
     extras = {"hidden_states": tuple(leaves[1:]), "attentions": maps}
-    loss(Outputs(leaves[0], student.head, extras), Model(1).outputs(batch), batch).sum.backward()
+    loss(outputs._replace(hidden=leaves[0], extras=extras), Model(1).outputs(batch), batch).sum.backward()
     used = [leaf for leaf in [*leaves, *maps] if leaf.grad is not None]
     counted = kdqat.losses.target_mask(batch)
     assert used

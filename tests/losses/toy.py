@@ -5,39 +5,58 @@ B batch, T tokens, H hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from kdqat.types import IGNORE_INDEX, Batch, Outputs
+from kdqat.types import IGNORE_INDEX, Batch, Outputs, Projection
 
 VOCABULARY, WIDTH = 11, 5
 
 
 class Head(nn.Module):
-    """An lm_head, optionally biased (Phi) and soft-capped (Gemma 2); remembers how many rows each call got."""
+    """An lm_head, optionally biased (Phi), soft-capped (Gemma 2) and cut; remembers how many rows each call got."""
 
-    def __init__(self, *, bias: bool = False, cap: float | None = None, vocabulary: int = VOCABULARY) -> None:
+    def __init__(
+        self,
+        *,
+        bias: bool = False,
+        cap: float | None = None,
+        cut: int | None = None,
+        vocabulary: int = VOCABULARY,
+    ) -> None:
         super().__init__()
         self.linear = nn.Linear(WIDTH, vocabulary, bias=bias)
-        self.cap = cap
+        self.cap, self.cut = cap, cut
         self.rows: list[int] = []
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.rows.append(hidden.shape[0])
-        logits = self.linear(hidden)
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        return self.transform(self.linear(hidden))
+
+    def transform(self, logits: Tensor) -> Tensor:
+        if self.cap is not None:
+            logits = self.cap * torch.tanh(logits / self.cap)
+        return logits[..., : self.cut]
+
+    def projection(self) -> Projection:
+        return Projection(self.linear.weight, self.linear.bias, self.transform)
 
 
 class Model(nn.Module):
-    """Embeds tokens, mixes them causally by attention, and answers `Outputs`; position t depends on tokens <= t."""
+    """Embeds tokens, mixes them causally by attention, and answers `Outputs`; position t depends on tokens <= t.
 
-    def __init__(
-        self, seed: int, *, tied: bool = False, bias: bool = False, cap: float | None = None, scale: float = 1.0
-    ) -> None:
+    `projects`: whether its outputs say that the head is one matmul.
+    """
+
+    projects = False
+
+    def __init__(self, seed: int, *, tied: bool = False, scale: float = 1.0, **head: Any) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.head = Head(bias=bias, cap=cap)
+        self.head = Head(**head)
         if tied:
             self.head.linear.weight = self.embedding.weight
         self.scale = scale
@@ -56,7 +75,7 @@ class Model(nn.Module):
         mixed = attention.nan_to_num().mean(1) @ embedded
         hidden = self.scale * (embedded + mixed).tanh()
         extras = {"hidden_states": (embedded, mixed, hidden), "attentions": (attention, (0.3 * scores).softmax(-1))}
-        return Outputs(hidden, self.head, extras)
+        return Outputs(hidden, self.head, extras, self.head.projection if self.projects else None)
 
 
 def random_batch(rows: int = 3, tokens: int = 6, seed: int = 0) -> Batch:
@@ -79,3 +98,9 @@ def ragged_batch() -> Batch:
 def rows_of(batch: Batch, rows: slice) -> Batch:
     """A micro-batch."""
     return Batch(*(None if field is None else field[rows] for field in batch))
+
+
+def assert_near(ours: list[Tensor], plain: list[Tensor], tolerance: float) -> None:
+    """Each of `ours` is one of `plain` up to `tolerance` times its norm."""
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == b.dtype and (a - b).norm() <= tolerance * b.norm()

@@ -9,6 +9,8 @@ from kdqat.losses import ForwardKL
 from kdqat.models import SplitModel, cut_vocabulary
 from kdqat.models.roles import FAMILIES
 from kdqat.models.toy import toy_model, toy_tokenizer
+from kdqat.quant import LSQ, FakeQuantLinear
+from kdqat.spec import LayerScheme, QuantSpec
 from kdqat.types import Batch
 
 every_family = pytest.mark.parametrize("kind", FAMILIES)
@@ -43,6 +45,93 @@ def test_soft_caps_and_logit_scales_are_part_of_the_head(kind, change):
     setattr(model, change, {"_soft_cap": None, "_scale": 1.0}[change])
     hidden = model(Batch(ids, ids)).hidden
     assert not torch.equal(model.head(hidden), expected)  # the toy would notice if we left it out
+
+
+def quantized_head(kind: str = "gemma2", **scheme: str) -> SplitModel:
+    """With a learned scale in the head, and `scheme` for its activation or output."""
+    model = split(kind, tie=False)
+    head = LayerScheme(weight=parse_spec("int4"), **{key: parse_spec(text) for key, text in scheme.items()})
+    model.model.lm_head = FakeQuantLinear.wrap(model.model.lm_head, head, LSQ)
+    torch.nn.init.constant_(model.model.lm_head.weight_fake_quantizer.scale, 0.01)
+    return model
+
+
+def parse_spec(text: str) -> QuantSpec:
+    return QuantSpec(format=text, granularity="token", dynamic=True) if text == "int8" else QuantSpec(format=text)
+
+
+@torch.no_grad()
+@every_family
+@pytest.mark.parametrize("cut", [None, 200])
+def test_the_projection_is_the_head_exactly(kind, cut):
+    model, ids = split(kind), random_ids()
+    model.vocab_size = cut
+    outputs = model(Batch(ids, ids))
+    if kind == "bert":  # its head has layers of its own
+        assert outputs.projection is None
+        return
+    weight, bias, transform = outputs.projection()
+    logits = transform(torch.nn.functional.linear(outputs.hidden, weight, bias))
+    assert torch.equal(logits, outputs.head(outputs.hidden)) and logits.shape[-1] == (cut or model.num_logits)
+
+
+def test_a_quantized_heads_projection_has_the_weight_it_computes_with_and_reaches_the_latent_one():
+    model, ids = quantized_head(), random_ids()
+    head = model.model.lm_head
+    projection = model(Batch(ids, ids)).projection()
+    assert torch.equal(projection.weight, head.fake_quantized_weight())
+    assert not torch.equal(projection.weight, head.weight)
+    projection.weight.square().sum().backward()
+    assert head.weight.grad.any() and head.weight_fake_quantizer.scale.grad.any()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_loss_gives_the_same_gradients_through_the_head_and_through_its_projection(tie):
+    student, teacher, ids = split("gemma2", tie=tie), split("llama", vocab_size=256), random_ids()
+    student = student if tie else quantized_head()
+    student.vocab_size = 256
+    batch, gradients = Batch(ids, ids), []
+    for projection in (student.projection, None):
+        student.zero_grad()
+        outputs = student(batch)
+        assert outputs.projection is not None
+        ForwardKL(chunk_tokens=10)(outputs._replace(projection=projection), teacher(batch), batch).sum.backward()
+        gradients.append({name: p.grad.clone() for name, p in student.named_parameters()})
+    for name, ours in gradients[0].items():
+        assert (ours - gradients[1][name]).norm() <= 1e-5 * gradients[1][name].norm(), name
+
+
+def test_a_compiled_loss_sees_one_head_in_all_batches(monkeypatch):
+    import kdqat.losses.projected as projected
+    from kdqat.losses.chunk import chunk_sums
+
+    torch._dynamo.reset()
+    graphs, loss = [], ForwardKL(2.0)
+    compiled = torch.compile(chunk_sums, backend=lambda graph, _: graphs.append(1) or graph.forward)
+    monkeypatch.setattr(projected, "_compiled_chunk_sums", lambda: compiled)
+    student, teacher = split("gemma2"), split("llama")
+    student.vocab_size = teacher.vocab_size = 256
+    for tokens in (6, 9):
+        batch = Batch(random_ids(2, tokens), random_ids(2, tokens))
+        outputs, targets = student(batch), teacher(batch)
+        expected = loss(outputs, targets, batch).sum
+        loss.compile_chunks()
+        torch.testing.assert_close(loss(outputs, targets, batch).sum, expected)
+    assert graphs == [1]
+
+
+def test_a_head_that_does_more_than_one_matmul_projects_nothing():
+    class Twice(torch.nn.Linear):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    ids = random_ids()
+    models = [quantized_head(activation="int8"), quantized_head(output="int8"), split("llama"), split("llama")]
+    models[2].model.lm_head = Twice(64, 259, bias=False)
+    models[3].model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    for model in models:
+        assert not model.projects and model(Batch(ids, ids)).projection is None
+    assert quantized_head().projects and split("llama").projects
 
 
 @torch.no_grad()
