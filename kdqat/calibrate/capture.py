@@ -78,7 +78,7 @@ def token_mask(batch: Batch) -> Tensor:
 def on_device(batch: Batch, module: nn.Module) -> Batch:
     """`batch` where the module's weights are."""
     device = next(module.parameters()).device
-    return Batch(*(None if tensor is None else tensor.to(device) for tensor in batch))  # type: ignore[arg-type]
+    return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))  # type: ignore[arg-type]
 
 
 def _record(split: SplitModel, batch: Batch, store: torch.device) -> tuple[Tensor, list[Arguments]]:

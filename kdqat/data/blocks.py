@@ -62,7 +62,7 @@ class Rows:
         if self.segment_ids is not None:
             rows["position_ids"] = positions(rows["segment_ids"])
             rows["labels"] = rows["labels"].masked_fill(rows["position_ids"] == 0, IGNORE_INDEX)
-        batch = Batch(**rows)
+        batch = Batch(**rows)  # type: ignore[arg-type]
         return batch._replace(row_keys=row_keys(batch))
 
     def row_keys(self) -> list[bytes]:

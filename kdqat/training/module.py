@@ -28,7 +28,8 @@ from kdqat.student import Student, load_student, prepare_student
 from kdqat.training.nonfinite import NonFiniteLossError, explain
 from kdqat.training.optim import WarmupCosine, gradients, parameter_groups, scale_learning_rate
 from kdqat.training.parallel import Parallel
-from kdqat.types import Batch, LossParts, Outputs
+from kdqat.training.trainable import Trainable, freeze_all_but_scales, require_weights_at_rest
+from kdqat.types import Batch, LossParts, Outputs, TopKOutputs
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,10 @@ class KDQATModule(L.LightningModule):
         parallel: checkpointing, compiling and sharding of blocks.
         activation_quantizer: of inputs, outputs and KV cache; None: MinMax for dynamic ranges, LSQPlus for static ones.
         calibration: text for static activation ranges and for initializers that need it.
+        trainable: "all", or "scales": the fake quantizers' own parameters and nothing else.
 
     Raises:
-        ValueError: for trainable weights that are not float32.
+        ValueError: for trainable weights that are not float32, and for a teacher that needs weights which will change.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class KDQATModule(L.LightningModule):
         parallel: Parallel | None = None,
         activation_quantizer: QuantizerFactory | None = None,
         calibration: Calibration | None = None,
+        trainable: Trainable = "all",
     ) -> None:
         super().__init__()
         if student.dtype != "float32":
@@ -81,6 +84,9 @@ class KDQATModule(L.LightningModule):
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.initializer = initializer if initializer is not None else RTN()
         self.scale_lr_ratio = scale_lr_ratio
+        require_weights_at_rest(teacher, trainable, self.initializer)
+        self.trainable = trainable
+        self._frozen: list[torch.nn.Parameter] = []  # by `trainable`, until the end
         self.parallel = parallel if parallel is not None else Parallel()
         self.teacher = teacher  # a plain object: never saved, optimized or switched to train
         self.student: Student | None = None
@@ -92,7 +98,7 @@ class KDQATModule(L.LightningModule):
         self._sums: dict[str, Tensor] = {}
         self._divisor = 0
         self._broken = False
-        self._evidence: tuple[Outputs | None, Batch] | None = None
+        self._evidence: tuple[Outputs | TopKOutputs | None, Batch] | None = None
 
     @classmethod
     def from_student(cls, student: Student, **kwargs: Any) -> Self:
@@ -132,6 +138,8 @@ class KDQATModule(L.LightningModule):
             raise ValueError(f"model {self.source.path}: only causal language models can be trained, not encoders")
         if self.teacher is not None:
             self.teacher.prepare(self.source, self.split, self.student.tokenizer, pristine=False)
+        if self.trainable == "scales":
+            self._frozen += freeze_all_but_scales(self.split)
         return self.student
 
     def prepare(self, teacher: Teacher | None = None) -> Student:
@@ -155,9 +163,9 @@ class KDQATModule(L.LightningModule):
         return load_student(folder, self.quantizer, self.activation_quantizer)
 
     def configure_model(self) -> None:
+        self.build()
         if self._configured:
             return
-        self.build()
         assert self.split is not None
         self.split.train()
         if self.loss is not None and "attentions" in self.loss.wants:
@@ -169,6 +177,11 @@ class KDQATModule(L.LightningModule):
         if self.teacher is not None:
             self.teacher.place(self.trainer.strategy.root_device, shard)
         self._configured = True
+
+    def teardown(self, stage: str) -> None:
+        for parameter in self._frozen:  # the student goes on as it came
+            parameter.requires_grad_(True)
+        self._frozen = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.loss is not None
@@ -242,7 +255,7 @@ class KDQATModule(L.LightningModule):
             scheduler.finish_at(int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _keep_evidence(self, parts: LossParts, teacher: Outputs | None, batch: Batch) -> None:
+    def _keep_evidence(self, parts: LossParts, teacher: Outputs | TopKOutputs | None, batch: Batch) -> None:
         """Remember the first micro-batch of the step whose loss is not finite; until then, the latest one."""
         if not self._broken:
             self._broken = not bool(torch.isfinite(parts.sum))
