@@ -113,16 +113,17 @@ class CachedTeacher(Teacher):
         """See `Teacher.require_answers`."""
         self._require_no_extras(wants)
         listed = keys()
-        found = len(listed) - len(self.missing(listed))
-        if found < len(listed):
+        if missing := {listed[number] for number in self.missing(listed)}:
             assert self.cache is not None
+            found = sum(key not in missing for key in listed)
             raise ValueError(missing_rows(self.cache.folder, found, len(listed)))
 
     def missing(self, keys: Sequence[bytes]) -> list[int]:
-        """The positions in `keys` of rows that nobody answered yet."""
+        """The positions in `keys` of rows that nobody answered yet; of equal rows the first only."""
         assert self.cache is not None, "prepare() comes first"
         headless = self.kind == "hidden" and self.cache.read_head() is None
-        return [number for number, key in enumerate(keys) if headless or key not in self.cache]
+        first = {key: number for number, key in reversed(list(enumerate(keys)))}
+        return sorted(number for key, number in first.items() if headless or key not in self.cache)
 
     def row_bytes(self, seq_len: int) -> int:
         """Bytes that the answer to a row of `seq_len` tokens takes."""

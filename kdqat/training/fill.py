@@ -52,7 +52,7 @@ def fill_cache(
     teacher.prepare(source, student, tokenizer, pristine=False)
     assert teacher.cache is not None
     folder = teacher.cache.folder
-    todo = [(rows, torch.tensor(teacher.missing(rows.row_keys()))) for rows in data.all_rows()]
+    todo = _missing(teacher, data)
     num_missing, num_rows = (sum(len(index) for _, index in todo), sum(len(rows) for rows, _ in todo))
     if not num_missing:
         log.info("teacher cache %s is complete: %d rows", folder, num_rows)
@@ -60,8 +60,8 @@ def fill_cache(
     need = num_missing * teacher.row_bytes(data.seq_len)
     free = shutil.disk_usage(_existing(folder)).free
     log.info(
-        "teacher cache %s: %d of %d rows are cached; the others take %.3f GiB, %.1f GiB are free",
-        folder, num_rows - num_missing, num_rows, need / _GIB, free / _GIB,
+        "teacher cache %s: %d of %d rows are to be answered; they take %.3f GiB, %.1f GiB are free",
+        folder, num_missing, num_rows, need / _GIB, free / _GIB,
     )  # fmt: skip
     if need > free:
         raise ValueError(
@@ -81,6 +81,16 @@ def fill_cache(
                 break
     live.release()
     return num_missing - done
+
+
+def _missing(teacher: CachedTeacher, data: TextData) -> list[tuple[Rows, torch.Tensor]]:
+    """For training and for validation rows which of them to ask about; a row that comes twice is asked about once."""
+    found, seen = [], set[bytes]()
+    for rows in data.all_rows():
+        keys = rows.row_keys()
+        found.append((rows, torch.tensor([n for n in teacher.missing(keys) if keys[n] not in seen])))
+        seen.update(keys)
+    return found
 
 
 def _batches(todo: list[tuple[Rows, torch.Tensor]], batch_size: int) -> Iterator[Batch]:
