@@ -9,7 +9,7 @@ from tests.cli.fork_server import ROOT, server
 
 
 def test_the_recipe_fills_its_cache_and_trains_from_it(tmp_path: Path) -> None:
-    overrides = ["--model.student.path", "toy:llama", "--trainer.max_steps", "3", "--data.limit", "4"]
+    overrides = ["--model.student.path", "toy:llama", "--trainer.max_steps", "4", "--data.limit", "4"]
     for verb in ("cache", "fit"):
         recipe = str(ROOT / "recipes" / "cached_teacher.yaml")
         done = server().run(tmp_path, verb, recipe, *overrides, KDQAT_CACHE=str(tmp_path / "cache"))
