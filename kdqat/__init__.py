@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "kdqat.api": ("evaluate", "export", "fit", "quantize"),
+    "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize"),
     "kdqat.allocate": ("BitAllocator", "FromFile", "Uniform"),
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
     "kdqat.calibrate": ("Calibration",),
@@ -30,7 +30,7 @@ _PUBLIC = {
         "ReverseKL",
         "WeightedSum",
     ),
-    "kdqat.models": ("FrozenTeacher", "ModelSource", "Teacher"),
+    "kdqat.models": ("CachedTeacher", "FrozenTeacher", "ModelSource", "SharedTeacher", "Teacher"),
     "kdqat.quant": (
         "LSQ",
         "SEQ",

@@ -1,4 +1,4 @@
-"""The verbs as functions: quantize, fit, evaluate, export. The command line calls these and adds a run directory.
+"""The verbs as functions: quantize, cache, fit, evaluate, export. The command line adds a run directory.
 
 student = kdqat.quantize("toy:llama", "W4A16_G32")
 student = kdqat.fit(student, data=kdqat.PythonDocs(seq_len=128), loss=kdqat.ForwardKL(), steps=50)
@@ -28,13 +28,15 @@ from kdqat.exporters import Exporter
 from kdqat.files import whole_folder
 from kdqat.initializers import Initializer, MSEGrid
 from kdqat.losses import DistillLoss, ForwardKL
-from kdqat.models import FrozenTeacher, ModelSource, Teacher
+from kdqat.models import CachedTeacher, FrozenTeacher, ModelSource, Teacher
 from kdqat.quant import LSQ, QuantizerFactory
 from kdqat.spec import LayerScheme
 from kdqat.student import Student, prepare_student
 from kdqat.training import Checkpoints, CSVMetrics, KDQATModule, WarmupCosine, WholeFileIO
+from kdqat.training.fill import fill_cache
 from kdqat.training.planner import MemoryPlan
 from kdqat.training.planner import plan_memory as _plan_memory
+from kdqat.training.trainable import Trainable
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,31 @@ def quantize(
     )
 
 
+def cache(
+    model: str | ModelSource,
+    teacher: CachedTeacher,
+    data: TextData,
+    *,
+    device: str | torch.device = "cpu",
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
+    """Let `teacher` answer every row of `data` beforehand; rows it has answered are passed over.
+
+    Args:
+        model: the student's, as for `quantize`.
+        device: where the live teacher computes.
+        stop: asked after every batch whether to leave the rest for the next call.
+
+    Returns:
+        How many rows are missing still: 0 unless `stop` said so.
+
+    Raises:
+        ValueError: if the answers do not fit on the disk, or their folder holds another teacher's.
+    """
+    source = ModelSource(model) if isinstance(model, str) else model
+    return fill_cache(source, teacher, data, device=torch.device(device), stop=stop)
+
+
 def fit(
     student: Student,
     *,
@@ -83,6 +110,7 @@ def fit(
     optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
     callbacks: Sequence[L.Callback] = (),
     out_dir: str | Path | None = None,
+    trainable: Trainable = "all",
     **trainer_args: Any,
 ) -> Student:
     """Train `student` in place against `teacher`; returns it.
@@ -95,6 +123,7 @@ def fit(
         optimizer: called with parameter groups; default AdamW at 1e-4 without weight decay.
         callbacks: besides progress and stop-on-signal.
         out_dir: run directory for metrics and checkpoints; None writes nothing.
+        trainable: "scales" leaves the latent weights as they are, as a SharedTeacher needs.
         trainer_args: for lightning.Trainer, e.g. precision="bf16-mixed".
     """
     module = KDQATModule.from_student(
@@ -105,8 +134,10 @@ def fit(
         optimizer=optimizer or partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0),
         scheduler=WarmupCosine,
         teacher=teacher if teacher is not None else FrozenTeacher(dtype="float32"),
+        trainable=trainable,
     )
     bind_data(data, student)
+    require_answers(module, data)
     args = {"max_steps": steps, "accelerator": "auto", "devices": 1, **trainer_args}
     trainer = make_trainer(args, None if out_dir is None else Path(out_dir), callbacks)
     trainer.fit(module, datamodule=data, weights_only=True)
@@ -129,6 +160,17 @@ def plan_memory(module: KDQATModule, data: TextData, trainer_args: dict[str, Any
 def bind_data(data: TextData, student: Student) -> None:
     """Give `data` the student's tokenizer and check that its rows fit the model's positions."""
     data.bind(student.tokenizer, getattr(student.model.config, "max_position_embeddings", None))
+
+
+def require_answers(module: KDQATModule, data: TextData) -> None:
+    """Check that the module's teacher will have an answer to every row of `data`, which is bound.
+
+    Raises:
+        ValueError: if it will not, before anything is trained.
+    """
+    if module.teacher is not None:
+        module.build()
+        module.teacher.require_answers(data.row_keys, module.loss.wants if module.loss is not None else frozenset())
 
 
 def make_trainer(args: dict[str, Any], run: Path | None, callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
@@ -178,7 +220,8 @@ def evaluate(
     """Numbers of every evaluator, by its label.
 
     Args:
-        teacher: default: the student's source, frozen, in float32.
+        teacher: default: the student's source, frozen, in float32. Its `judge()` answers; where that is somebody
+            else, it is let go afterwards.
         device: where teacher and student compute.
         name: of the student, for the progress line.
 
@@ -190,17 +233,20 @@ def evaluate(
         if labels.count(label) > 1:
             raise ValueError(f"evaluate: two evaluators are called {label!r}; give one of them a label")
     teacher = teacher if teacher is not None else FrozenTeacher(dtype="float32")
-    teacher.prepare(student.source, student.split, student.tokenizer, pristine=False)
-    teacher.place(torch.device(device))
+    judge = teacher.judge()
+    judge.prepare(student.source, student.split, student.tokenizer, pristine=False)
+    judge.place(torch.device(device))
     training = student.split.training
     student.split.to(device).eval()
     results = {}
     try:
         for evaluator in evaluators:
             log.info("evaluating %s on %s", name, evaluator.label)
-            results[evaluator.label] = evaluator.evaluate(student, teacher)
+            results[evaluator.label] = evaluator.evaluate(student, judge)
     finally:
         student.split.train(training)
+        if judge is not teacher:
+            judge.release()
     return results
 
 

@@ -1,15 +1,20 @@
 """Files and folders that appear whole or not at all: written under a temporary name, synced, renamed.
 
 A reader, and a run that starts again after a crash, never meets a half-written file under a real name.
+
+Also where things lie that can be made again (`cache_root`), and fingerprints that say what they were made from.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,6 +73,28 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def cache_root() -> Path:
+    """$KDQAT_CACHE, or ~/.cache/kdqat: tokens lie in its folder `tokens`, teachers' answers in `teachers`."""
+    return Path(os.environ.get("KDQAT_CACHE") or Path.home() / ".cache" / "kdqat")
+
+
+def sha256_of(value: Any) -> str:
+    """sha256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """sha256 of the tokenizer's JSON and special tokens; None for one without JSON."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    state = json.loads(backend.to_str())
+    # any earlier call may have changed these two, and they are not used here
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    return sha256_of([state, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}])
 
 
 def _sync(path: Path) -> None:

@@ -18,6 +18,7 @@ Further options: --config FILE (its keys win), --print_config (the resolved reci
 
 VERBS = {
     "quantize": "prepare a student: plan, swap, first scales             -> prepared/",
+    "cache": "let the teacher answer the recipe's rows beforehand     -> the cache folder",
     "fit": "train it against its teacher, evaluate, export        -> student/ eval.json export/",
     "validate": "KL and perplexity on the recipe's validation rows     -> validation.json",
     "eval": "perplexity and agreement with the teacher             -> eval.json",
@@ -49,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
             verb.add_argument("prompt", help="text to continue")
             verb.add_argument("--max_new_tokens", type=int, default=64)
             verb.add_argument("--chat", action="store_true", help="the prompt is a user's turn of the chat template")
+            continue
+        if name == "cache":
             continue
         verb.add_argument("--overwrite", action="store_true", help="replace this verb's earlier output")
         if name == "fit":

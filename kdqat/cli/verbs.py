@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kdqat import api
 from kdqat.callbacks import StopOnSignal
+from kdqat.cli.cache import cache
 from kdqat.cli.parser import Recipe, parse_recipe
 from kdqat.cli.session import (
     begin,
@@ -29,6 +30,8 @@ from kdqat.student import Student, load_student
 from kdqat.training import newest_complete
 from kdqat.training.gather import gather_student
 from kdqat.training.planner import describe, print_plan
+
+__all__ = ["cache", "eval", "export", "fit", "generate", "quantize", "validate"]
 
 
 def quantize(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -55,6 +58,7 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for exporter in recipe.exporters:  # now, not after hours of training
         api.require_exportable(student, exporter, recipe.run.export / exporter.name, overwrite=overwrite)
     api.bind_data(recipe.data, student)
+    api.require_answers(recipe.model, recipe.data)
     start("fit", recipe, options)
     if first_process():
         _announce(recipe)
@@ -99,6 +103,7 @@ def validate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     folder = student_folder(recipe.run)
     student = recipe.model.build(folder)
     api.bind_data(recipe.data, student)
+    api.require_answers(recipe.model, recipe.data)
     trainer = api.make_trainer({**recipe.trainer, "callbacks": None}, None)
     numbers: dict[str, float] = {}
     for results in trainer.validate(recipe.model, datamodule=recipe.data, verbose=False):

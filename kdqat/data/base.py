@@ -85,6 +85,24 @@ class TextData(L.LightningDataModule, ABC):
         rows = {} if self._train is None else {"train_rows": len(self._train)}
         return {**rows, "val_rows": 0 if self._val is None else len(self._val), **self._facts}
 
+    def all_rows(self) -> list[Rows]:
+        """Training rows, then validation rows if there are any: everything a run can ask a teacher. Needs `bind`.
+
+        Raises:
+            ValueError: for streamed text, whose rows nobody knows beforehand.
+        """
+        self._require_bound()
+        if self._train is None:
+            raise ValueError(
+                "data: streamed rows are not known before they come, so no teacher's answers to them can be cached: "
+                "set streaming: false (and a limit), or use a FrozenTeacher"
+            )
+        return [self._train] if self._val is None else [self._train, self._val]
+
+    def row_keys(self) -> list[bytes]:
+        """The keys of `all_rows`, in order; errors likewise."""
+        return [key for rows in self.all_rows() for key in rows.row_keys()]
+
     def train_dataloader(self) -> BlockLoader | StreamLoader:
         """Micro-batches of this process, shuffled by (shuffle_seed, epoch)."""
         self._require_bound()

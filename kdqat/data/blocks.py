@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdqat.data.keys import row_keys
 from kdqat.types import IGNORE_INDEX, Batch
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 256  # documents handed to the tokenizer at once
+_CHUNK = 256  # documents handed to the tokenizer, or rows to the digests, at once
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,20 @@ class Rows:
         """The rows `index` [B] as a micro-batch of int64.
 
         With segments, positions restart in each, and a segment's first token is no label: what stands before it
-        belongs to another document, which the mask hides.
+        belongs to another document, which the mask hides. Every row carries its key.
         """
         rows = {name: tensor[index].long() for name, tensor in self.tensors().items()}
         rows.setdefault("labels", rows["input_ids"].clone())
         if self.segment_ids is not None:
             rows["position_ids"] = positions(rows["segment_ids"])
             rows["labels"] = rows["labels"].masked_fill(rows["position_ids"] == 0, IGNORE_INDEX)
-        return Batch(**rows)
+        batch = Batch(**rows)  # type: ignore[arg-type]
+        return batch._replace(row_keys=row_keys(batch))
+
+    def row_keys(self) -> list[bytes]:
+        """The key of every row, in order; see `kdqat.data.keys`."""
+        parts = torch.arange(len(self)).split(_CHUNK)
+        return [key for part in parts for key in self.batch(part).row_keys or ()]
 
 
 def positions(segment_ids: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from kdqat.data.blocks import Rows
 from kdqat.data.corpora import CORPORA, corpus_fingerprint
 from kdqat.data.records import looks_like_file
 from kdqat.data.texts import Texts, as_sources, iter_raw
+from kdqat.files import cache_root
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ Packed = tuple[Rows, dict[str, int]]  # rows and the counts that describe them
 
 
 def cache_dir() -> Path:
-    """$KDQAT_CACHE, or ~/.cache/kdqat; tokens lie in its folder `tokens`."""
-    return Path(os.environ.get("KDQAT_CACHE") or Path.home() / ".cache" / "kdqat") / "tokens"
+    """The folder `tokens` of the cache root."""
+    return cache_root() / "tokens"
 
 
 def cached(key: Mapping[str, Any] | None, build: Callable[[], Packed]) -> Packed:
@@ -50,19 +51,6 @@ def cached(key: Mapping[str, Any] | None, build: Callable[[], Packed]) -> Packed
     except OSError as error:
         log.warning("token cache %s cannot be written (%s): going on without; set KDQAT_CACHE", path, error)
     return rows, facts
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """sha256 of the tokenizer's JSON and special tokens; None for one without JSON, which is not cached."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    state = json.loads(backend.to_str())
-    # any earlier call may have changed these two, and they are not used here
-    state.pop("truncation", None)
-    state.pop("padding", None)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _sha256(json.dumps([state, special], sort_keys=True).encode())
 
 
 def texts_fingerprint(texts: Texts) -> list[Any]:

@@ -12,9 +12,10 @@ import torch
 
 from kdqat.data.base import TextData
 from kdqat.data.blocks import Rows
-from kdqat.data.cache import Packed, cached, source_fingerprint, tokenizer_fingerprint
+from kdqat.data.cache import Packed, cached, source_fingerprint
 from kdqat.data.records import iter_records, looks_like_file, take_rows
 from kdqat.data.turns import NotAPrefix, Turns, encode_turns, to_messages
+from kdqat.files import tokenizer_fingerprint
 from kdqat.types import IGNORE_INDEX
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,11 @@ import numpy as np
 
 from kdqat.data.base import TextData
 from kdqat.data.blocks import RowPacker, Rows, pack_documents, stack_rows, too_few_tokens
-from kdqat.data.cache import Packed, cached, texts_fingerprint, tokenizer_fingerprint
+from kdqat.data.cache import Packed, cached, texts_fingerprint
 from kdqat.data.loader import BlockLoader
 from kdqat.data.stream import StreamLoader
 from kdqat.data.texts import Texts, iter_documents
+from kdqat.files import tokenizer_fingerprint
 
 _STREAM_DEFAULT = 1000
 

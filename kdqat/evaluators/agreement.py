@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdqat.evaluators.base import TextEvaluator
+from kdqat.evaluators.base import TextEvaluator, answer_of
 from kdqat.metrics import perplexity, token_kl, token_nll, top1_agreement
 from kdqat.models import Teacher
 from kdqat.models.split import NO_HEAD
@@ -34,7 +34,7 @@ class Perplexity(TextEvaluator):
             tokens += labels.numel()
             ours += _nll(student.split(batch), labels)
             if teacher is not None:
-                theirs += _nll(teacher.outputs(batch), labels)
+                theirs += _nll(answer_of(teacher, batch), labels)
         numbers = {"perplexity": perplexity(_total(ours), tokens), "tokens": float(tokens)}
         if teacher is not None:
             numbers["teacher_perplexity"] = perplexity(_total(theirs), tokens)
@@ -59,7 +59,7 @@ class TeacherAgreement(TextEvaluator):
         theirs: list[Tensor] = []
         for batch in self.batches(student):
             labels = batch.input_ids[:, 1:].reshape(-1)
-            answers = student.split(batch), teacher.outputs(batch)
+            answers = student.split(batch), answer_of(teacher, batch)
             for s_rows, t_rows, target in zip(*map(_rows, answers), labels.split(CHUNK_TOKENS), strict=True):
                 s_logits, t_logits = answers[0].head(s_rows).float(), answers[1].head(t_rows).float()
                 kls.append(token_kl(t_logits, s_logits))

@@ -15,7 +15,7 @@ from torch import Tensor
 from kdqat.data import TextSource, windows
 from kdqat.models import Teacher
 from kdqat.student import Student
-from kdqat.types import Batch
+from kdqat.types import Batch, Outputs
 
 T = TypeVar("T")
 Protocol = Literal["packed", "wikitext2", "ptb"]
@@ -112,6 +112,18 @@ def tracked(steps: Sequence[T], label: str) -> Iterable[T]:
     """`steps` with a progress bar, where standard error is a terminal."""
     console = Console(stderr=True)
     return track(steps, f"evaluating on {label}", console=console, transient=True, disable=not console.is_terminal)
+
+
+def answer_of(teacher: Teacher, batch: Batch) -> Outputs:
+    """The teacher's answer, hidden states and a head.
+
+    Raises:
+        ValueError: from a teacher that cached less; its `judge()` answers any text.
+    """
+    answer = teacher.outputs(batch)
+    if not isinstance(answer, Outputs):
+        raise ValueError(f"an evaluator needs whole answers, {type(teacher).__name__} has less: give it judge()")
+    return answer
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

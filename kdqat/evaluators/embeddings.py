@@ -8,6 +8,7 @@ the student ranks pairs of sentences as the teacher does, which is Spearman's co
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kdqat.data import TextSource
 from kdqat.data.sentences import padded, read_sentences
-from kdqat.evaluators.base import Evaluator, device_of, require_positions, text_name, tracked
+from kdqat.evaluators.base import Evaluator, answer_of, device_of, require_positions, text_name, tracked
 from kdqat.models import Teacher
 from kdqat.student import Student
 from kdqat.types import Batch, Outputs
@@ -58,7 +59,7 @@ class EmbeddingAgreement(Evaluator):
         if teacher is None:
             raise ValueError(f"evaluate {self.label}: EmbeddingAgreement compares with model.teacher; name one")
         require_positions(self.label, self.seq_len, student)
-        ours, theirs = self._embeddings(student, student.split, teacher.outputs)
+        ours, theirs = self._embeddings(student, student.split, partial(answer_of, teacher))
         if ours.shape[-1] != theirs.shape[-1]:
             raise ValueError(
                 f"evaluate {self.label}: the teacher's embeddings have {theirs.shape[-1]} numbers, the student's "

@@ -9,6 +9,7 @@ import copy
 import logging
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from kdqat.files import sha256_of
+from kdqat.models.fingerprint import files_fingerprint, folder_fingerprint
 from kdqat.models.package import find_model_in_package
 from kdqat.models.toy import TOYS, toy_model, toy_tokenizer
 
@@ -86,6 +89,36 @@ class ModelSource:
         where, extra = self._locate()
         with _explained(self.path):
             return AutoTokenizer.from_pretrained(where, **extra)
+
+    def load_config(self) -> Any:
+        """The model's Hugging Face config; errors as `load_model`."""
+        if self.path.startswith("toy:"):
+            return toy_model(self._toy_kind()).config
+        from transformers import AutoConfig
+
+        where, extra = self._locate()
+        with _explained(self.path):
+            return AutoConfig.from_pretrained(where, **extra)
+
+    def fingerprint(self) -> str:
+        """A hash that tells this model's weights from others without loading them (`fingerprint.py`).
+
+        Of a model on the hub it is that of the commit, whose content cannot change; of a toy, of its weights. Errors
+        as `load_model`.
+        """
+        if self.path.startswith("toy:"):
+            state = toy_model(self._toy_kind()).state_dict()
+            return sha256_of([(name, sha256(tensor.numpy().tobytes()).hexdigest()) for name, tensor in state.items()])
+        from transformers.utils import cached_file
+
+        where, extra = self._locate()
+        if "gguf_file" in extra:
+            return files_fingerprint([Path(where) / extra["gguf_file"]])
+        if Path(where).is_dir():
+            return folder_fingerprint(Path(where), code=self.trust_remote_code)
+        with _explained(self.path):
+            config = Path(str(cached_file(where, "config.json", revision=self.revision)))
+        return sha256_of([where, config.parent.name])  # .../snapshots/COMMIT/config.json
 
     def _toy_kind(self) -> str:
         kind = self.path.removeprefix("toy:")

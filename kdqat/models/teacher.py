@@ -1,5 +1,8 @@
 """The teacher: whoever answers `outputs(batch, wants)`. A plain object, not an nn.Module.
 
+`FrozenTeacher` is a second model and answers anything; `CachedTeacher` answered beforehand, `SharedTeacher` is the
+student in full precision (docs/teachers.md says which when).
+
 As a submodule it would land in checkpoints and in the optimizer, and `.train()` would switch its dropout on
 (docs/architecture.md, decision 9).
 """
@@ -9,8 +12,8 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,13 +23,19 @@ from kdqat.models.offload import BlockOffload
 from kdqat.models.roles import blocks_of
 from kdqat.models.source import Dtype, ModelSource
 from kdqat.models.split import SplitModel, cut_vocabulary
-from kdqat.types import Batch, Outputs
+from kdqat.types import Batch, Outputs, TopKOutputs
 
 log = logging.getLogger(__name__)
 
 
 class Teacher(ABC):
-    """A reference model. `prepare` once, `place` once, then `outputs` for every batch."""
+    """A reference model. `prepare` once, `place` once, then `outputs` for every batch.
+
+    Attributes:
+        shares_weights: it computes with the student's latent weights, which must then stay as they were loaded.
+    """
+
+    shares_weights: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, source: ModelSource, student: SplitModel, tokenizer: Any, *, pristine: bool) -> None:
@@ -52,8 +61,25 @@ class Teacher(ABC):
         """See SplitModel.use_eager_attention."""
 
     @abstractmethod
-    def outputs(self, batch: Batch, wants: frozenset[str] = frozenset()) -> Outputs:
-        """Answer a batch, without a graph and with autocast off (an fp16 teacher under bf16 autocast answers bf16)."""
+    def outputs(self, batch: Batch, wants: frozenset[str] = frozenset()) -> Outputs | TopKOutputs:
+        """Answer a batch, without a graph and in the teacher's own arithmetic, whatever autocast the trainer uses (an
+        fp16 teacher under bf16 autocast would answer bf16); only a teacher that shares the student's weights follows
+        the trainer."""
+
+    def require_answers(self, keys: Callable[[], Sequence[bytes]], wants: frozenset[str]) -> None:  # noqa: B027
+        """Check before the first step that there will be an answer to every batch; who computes answers has them all.
+
+        Args:
+            keys: lists the row keys of all batches to come; costs a pass over the data, so it is not always called.
+            wants: of the loss.
+
+        Raises:
+            ValueError: naming what is missing and the remedy.
+        """
+
+    def judge(self) -> Teacher:
+        """Who answers any text, that of evaluators for one: `prepare` and `place` it as well."""
+        return self
 
 
 class FrozenTeacher(Teacher):

@@ -29,7 +29,9 @@ from kdqat.training.nonfinite import NonFiniteLossError, explain
 from kdqat.training.optim import WarmupCosine, gradients, scale_learning_rate
 from kdqat.training.optimizer import make_optimizer, require_trainable
 from kdqat.training.parallel import Parallel
-from kdqat.types import Batch, LossParts
+from kdqat.training.step import StepSums, summed_over_ranks
+from kdqat.training.trainable import Trainable, freeze_all_but_scales, require_weights_at_rest
+from kdqat.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,10 @@ class KDQATModule(L.LightningModule):
         parallel: checkpointing, compiling and sharding of blocks.
         activation_quantizer: of inputs, outputs and KV cache; None: MinMax for dynamic ranges, LSQPlus for static ones.
         calibration: text for static activation ranges and for initializers that need it.
+        trainable: "all", or "scales": the fake quantizers' own parameters and nothing else.
+
+    Raises:
+        ValueError: for a teacher that needs weights which will change.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class KDQATModule(L.LightningModule):
         parallel: Parallel | None = None,
         activation_quantizer: QuantizerFactory | None = None,
         calibration: Calibration | None = None,
+        trainable: Trainable = "all",
     ) -> None:
         super().__init__()
         self.source, self.allocator, self.quantizer, self.loss = student, plan, quantizer, loss
@@ -75,6 +82,9 @@ class KDQATModule(L.LightningModule):
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.initializer = initializer if initializer is not None else RTN()
         self.scale_lr_ratio = scale_lr_ratio
+        require_weights_at_rest(teacher, trainable, self.initializer)
+        self.trainable = trainable
+        self._frozen: list[torch.nn.Parameter] = []  # by `trainable`, until the end
         self.parallel = parallel if parallel is not None else Parallel()
         self.teacher = teacher  # a plain object: never saved, optimized or switched to train
         self.student: Student | None = None
@@ -83,8 +93,7 @@ class KDQATModule(L.LightningModule):
         judges: list[DistillLoss] = [CrossEntropy()] if teacher is None else [CrossEntropy(), ForwardKL()]
         self._val_loss = WeightedSum(judges, [1.0] * len(judges))
         self._val_kl, self._val_nll = MeanMetric(), MeanMetric()
-        self._sums: dict[str, Tensor] = {}
-        self._step: list[tuple[Tensor, Batch]] = []  # loss and batch of every micro-batch since the last update
+        self._step = StepSums()
         self._divisor: Tensor | int = 0
 
     @classmethod
@@ -129,6 +138,8 @@ class KDQATModule(L.LightningModule):
             raise ValueError(f"model {self.source.path}: only causal language models can be trained, not encoders")
         if self.teacher is not None:
             self.teacher.prepare(self.source, self.split, self.student.tokenizer, pristine=False)
+        if self.trainable == "scales":
+            self._frozen += freeze_all_but_scales(self.split)
         return self.student
 
     def prepare(self, teacher: Teacher | None = None) -> Student:
@@ -152,9 +163,9 @@ class KDQATModule(L.LightningModule):
         return load_student(folder, self.quantizer, self.activation_quantizer)
 
     def configure_model(self) -> None:
+        self.build()
         if self._configured:
             return
-        self.build()
         assert self.split is not None
         self.split.train()
         if self.loss is not None and "attentions" in self.loss.wants:
@@ -165,14 +176,21 @@ class KDQATModule(L.LightningModule):
         shard = self.parallel.apply(self.split, mesh)
         if self.teacher is not None:
             self.teacher.place(self.trainer.strategy.root_device, shard)
+        if self.loss is not None and self.parallel.compile_blocks:
+            self.loss.compile_chunks()
         log.info(describe_ways(self.split, self.trainer.strategy.root_device))
         self._configured = True
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Lightning drops the last step's gradients between forward and backward: as many bytes as the weights have,
         # at the moment when activations are largest
-        if not self._step:
+        if not self._step.micro_batches:
             self.zero_grad(set_to_none=True)
+
+    def teardown(self, stage: str) -> None:
+        for parameter in self._frozen:  # the student goes on as it came
+            parameter.requires_grad_(True)
+        self._frozen = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.loss is not None
@@ -180,11 +198,11 @@ class KDQATModule(L.LightningModule):
         assert self.split is not None
         student = self.split(batch, self.loss.wants)
         parts = self.loss(student, teacher, batch)
-        self._add_up(parts)
-        self._step.append((parts.sum.detach(), batch))
+        self._step.add(parts, batch)
         if self.trainer.accumulate_grad_batches == 1:
             # this is the whole step of this rank, so that its count is known before the backward pass
-            self._divisor = self._over_ranks(parts.num).clamp(min=1) / self.trainer.world_size
+            world_size = self.trainer.world_size
+            self._divisor = summed_over_ranks(parts.num, world_size).clamp(min=1) / world_size
         else:
             self._divisor = self._divisor or batch.input_ids.numel()  # a handy size; `on_after_backward` is exact
         return parts.sum / self._divisor
@@ -192,11 +210,9 @@ class KDQATModule(L.LightningModule):
     def on_after_backward(self) -> None:
         if self.trainer.fit_loop._should_accumulate():
             return
-        sums = self._over_ranks(torch.stack(list(self._sums.values())))
-        named = dict(zip(self._sums, sums, strict=True))
-        self._sums = {}
+        named = self._step.over_ranks(self.trainer.world_size)
         self._require_finite(float(named["loss"]))
-        self._step = []
+        self._step = StepSums()
         num = named.pop("num").clamp(min=1)
         if self.trainer.accumulate_grad_batches > 1:
             # training_step divided by _divisor, Lightning by the micro-batches, DDP and FSDP2 by the ranks
@@ -256,29 +272,16 @@ class KDQATModule(L.LightningModule):
             scheduler.finish_at(int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _over_ranks(self, value: Tensor) -> Tensor:
-        """The sum of `value` over all processes."""
-        if self.trainer.world_size > 1:
-            value = value.clone()
-            torch.distributed.all_reduce(value)
-        return value
-
     def _require_finite(self, loss: float) -> None:
         """Raise on every rank at the same step, before the weights change: a rank alone would leave the others
         waiting, and under FSDP2 the forward passes that find the layer need them all."""
         if math.isfinite(loss):
             return
         assert self.split is not None
-        broken = [batch for sum_, batch in self._step if not bool(torch.isfinite(sum_))]
-        batch = broken[0] if broken else self._step[-1][1]
+        broken = self._step.first_broken()
+        batch = broken if broken is not None else self._step.micro_batches[-1][1]
         teacher = None if self.teacher is None else self.teacher.outputs(batch)
         message = explain(self.global_step, loss, self.split, teacher, batch)
-        if not broken:
+        if broken is None:
             message = f"step {self.global_step}: the loss of another process is {loss}; its message says more"
         raise NonFiniteLossError(message)
-
-    def _add_up(self, parts: LossParts) -> None:
-        """Collect what the log and the division at the end of the step need, without a synchronisation."""
-        new = {"num": parts.num, "loss": parts.sum, **parts.by_name}
-        for name, value in new.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()

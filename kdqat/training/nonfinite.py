@@ -9,20 +9,22 @@ from torch import Tensor, nn
 
 from kdqat.models import SplitModel
 from kdqat.quant import FakeQuantizer, FakeQuantLayer
-from kdqat.types import Batch, Outputs
+from kdqat.types import Batch, Outputs, TopKOutputs
 
 
 class NonFiniteLossError(ValueError):
     """The loss became NaN or infinite; the message names step, layer and scales. The run's checkpoints are whole."""
 
 
-def explain(step: int, loss: float, student: SplitModel, teacher: Outputs | None, batch: Batch) -> str:
+def explain(step: int, loss: float, student: SplitModel, teacher: Outputs | TopKOutputs | None, batch: Batch) -> str:
     """One line on where a non-finite loss came from: the teacher, or the first layer whose output is not finite.
 
     Runs the student once more, without a graph, with a hook on every leaf module.
     """
     where = f"step {step}: the loss is {loss}"
-    if teacher is not None and not bool(torch.isfinite(teacher.hidden).all()):
+    if isinstance(teacher, TopKOutputs) and bool(teacher.log_probs.isnan().any() | teacher.log_tail.isnan().any()):
+        return f"{where}; the cached teacher's log-probabilities are not numbers: delete its folder, run `kdqat cache`"
+    if isinstance(teacher, Outputs) and not bool(torch.isfinite(teacher.hidden).all()):
         return f"{where}; the teacher's hidden states are not finite: load it in float32 or bfloat16"
     culprit: list[str] = []
 

@@ -226,7 +226,7 @@ def measure_torchao(args: dict[str, str]) -> dict[str, Any]:
     student = llama(shape)
     teacher = copy.deepcopy(student).to(torch.bfloat16).eval().requires_grad_(False)
     config = IntxFakeQuantizeConfig(torch.int4, group_size=128)
-    quantize_(student, QATConfig(weight_config=config, step="prepare"), lambda m, n: isinstance(m, torch.nn.Linear) and "lm_head" not in n)  # fmt: skip
+    quantize_(student, QATConfig(weight_config=config, step="prepare"), body_linear)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0, fused=device() == "cuda")
     rows = Rows(args, SHAPES[shape][5])
     ids = rows.batch.input_ids.to(device())
@@ -246,6 +246,11 @@ def measure_torchao(args: dict[str, str]) -> dict[str, Any]:
         float(q.detach()[0, 0])  # a loop that logs its loss waits here too
     del time
     return row_of(clock.milliseconds(), args)
+
+
+def body_linear(module: torch.nn.Module, name: str) -> bool:
+    """Whether torchao quantizes it: every linear layer but the head, as here."""
+    return isinstance(module, torch.nn.Linear) and "lm_head" not in name
 
 
 def reset_peak() -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kdqat.training import NonFiniteLossError
+from kdqat.training.nonfinite import explain
+from kdqat.types import TopKOutputs
 from tests.training.toy import batch, make_module, train
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -60,3 +62,13 @@ def test_weights_are_as_before_the_step_that_broke() -> None:
         train(module, [batch(2), batch(2, seed=1)], accumulate_grad_batches=2)
     for name, value in module.build().split.state_dict().items():
         torch.testing.assert_close(value, before[name], equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_cached_teacher_whose_answers_broke_is_told_from_the_student() -> None:
+    data = batch(1, tokens=4)
+    split, k = make_module().build().split, 3
+    for broken in ("log_probs", "log_tail"):
+        answer = TopKOutputs(torch.zeros(1, 4, k).long(), torch.zeros(1, 4, k), torch.full((1, 4), -torch.inf), {})
+        assert "no single layer" in explain(7, torch.nan, split, answer, data)  # a tail of nothing is no mistake
+        getattr(answer, broken)[0, 1] = torch.nan
+        assert "step 7: the loss is nan; the cached teacher's" in explain(7, torch.nan, split, answer, data)

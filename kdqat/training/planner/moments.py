@@ -1,8 +1,8 @@
 """What exists together in each moment of an optimizer step after the first.
 
 Not everything exists at once. Gradients are dropped before the forward pass (`on_train_batch_start` of the module),
-unless several micro-batches add up; activations go while the backward pass makes gradients anew; the optimizer's temporaries
-come when both are settled. Each moment is added up by itself and the largest one decides (docs/memory.md).
+unless several micro-batches add up; activations go while the backward pass makes gradients anew; the optimizer's
+temporaries come when both are settled. Each moment is added up by itself and the largest one decides (docs/memory.md).
 """
 
 from __future__ import annotations
