@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kdqat.quant.kernels.triton_kernels import backward_kernel, fake_quantize_kernel
 
-FORWARD_TILE = 4096  # elements a program handles, or one group if that is longer
-BACKWARD_TILE = 2048  # holds more of each
+FORWARD_TILE = 2048  # elements a program handles, or one group if that is longer
+BACKWARD_TILE = 1024  # more registers for each
 
 
 def _launch(kernel: Any, tile: int, tensors: Sequence[Tensor | None], constants: Sequence[int], **more: Any) -> None:
