@@ -232,7 +232,6 @@ def measure(what: str, args: dict[str, str], out: Path) -> dict[str, Any]:
 def measure_torchao(args: dict[str, str]) -> dict[str, Any]:
     """torchao's QAT with its fake quantizers, a KL over all logits at once, autocast and fused AdamW."""
     import copy
-    import time
 
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
@@ -259,7 +258,6 @@ def measure_torchao(args: dict[str, str]) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         float(q.detach()[0, 0])  # a loop that logs its loss waits here too
-    del time
     return row_of(clock.milliseconds(), args)
 
 
