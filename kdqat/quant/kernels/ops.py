@@ -22,12 +22,12 @@ BACKWARD_TILE = 1024  # more registers for each
 
 def _launch(kernel: Any, tile: int, tensors: Sequence[Tensor | None], constants: Sequence[int], **more: Any) -> None:
     group, per_tensor, kind, half, levels, zero, rule, stored, tiny = constants
-    x = tensors[0]
+    x, unread = tensors[0], tensors[-5]  # where there is nothing the constants leave the pointer unread: any will do
     assert x is not None
     num_groups, pad = x.numel() // group, triton.next_power_of_2(group)
     groups = max(1, tile // pad)
     kernel[(triton.cdiv(num_groups, groups),)](
-        *[x if tensor is None else tensor for tensor in tensors],  # a pointer that the constants leave unread
+        *[unread if tensor is None else tensor for tensor in tensors],
         num_groups,
         G=group, PAD=pad, GROUPS=groups, PER_TENSOR=bool(per_tensor), KIND=kind, HALF=bool(half), LEVELS=levels,
         ZERO=zero, RULE=rule, STORED=stored, TINY=bool(tiny), **more,
