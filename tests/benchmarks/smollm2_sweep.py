@@ -4,7 +4,8 @@
 
 A setting is SCHEME[,key=value ...]: lr, scale_ratio, warmup, final, beta2, clip, init, quantizer, frozen (a part of
 names), steps, loss, seed, zero, hidden, cosine, opt, batch, accumulate, compile, only (one evaluation text), windows
-(evaluate on so many), teacher (hidden, top_k: answers written beforehand), k, kv, deploy (activation quantization only in evaluation). Rows append to OUT_DIR/sweep.jsonl.
+(evaluate on so many), teacher (hidden, top_k: answers written beforehand), k, kv, deploy (activation quantization only
+in evaluation). Rows append to OUT_DIR/sweep.jsonl.
 Static activation ranges and FPQ are calibrated on the first training text.
 """
 
