@@ -93,6 +93,11 @@ class SplitModel(nn.Module):
         return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
 
     @property
+    def transforms(self) -> bool:
+        """Whether logits are more than the head's product: scaled, soft-capped or cut."""
+        return self._transform is not None
+
+    @property
     def _transform(self) -> Callable[[Tensor], Tensor] | None:
         if self._scale == 1.0 and self._soft_cap is None and self.vocab_size is None:
             return None

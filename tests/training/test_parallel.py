@@ -34,9 +34,11 @@ def test_checkpointed_blocks_give_the_same_bits(kept) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_student_and_so_does_a_second_one_in_the_process() -> None:
+@pytest.mark.parametrize("kept", [False, True, "selective"])
+def test_compiled_blocks_give_the_same_student_and_so_does_a_second_one_in_the_process(kept) -> None:
     for seed in (0, 10):
-        plain, compiled = trained(Parallel(), seed), trained(Parallel(compile_blocks=True), seed)
+        parallel = Parallel(compile_blocks=True, checkpoint_blocks=kept)
+        plain, compiled = trained(Parallel(), seed), trained(parallel, seed)
         assert largest_difference(plain, compiled) < 1e-6
         assert largest_difference(plain, make_built()) > 1e-5  # the student did move
         assert set(plain.state_dict()) == set(compiled.state_dict())

@@ -1,7 +1,8 @@
 """Bytes the loss needs beside what it is given: one chunk of logits, the head in the autocast dtype, gathered rows.
 
-    chunk = chunk_tokens * V * (student logits + teacher logits + gradient of the student's)     compiled
-    chunk = chunk_tokens * V * the most that exists at once in token_loss and its gradient        eager, counted
+    kernel      chunk_tokens * V * (student logits + teacher logits): KL and cross-entropy on CUDA
+    compiled    chunk_tokens * V * (student logits + teacher logits + gradient of the student's)
+    eager       chunk_tokens * V * the most that exists at once in token_loss and its gradient, counted
 
 The eager number is counted on a few small logits, with the recipe's own losses: forward KL and JSD differ twofold.
 """
@@ -41,7 +42,7 @@ def flat(loss: DistillLoss) -> list[DistillLoss]:
 
 def loss_cost(
     loss: DistillLoss, split: SplitModel, rows: Rows, *, autocast: torch.dtype | None,
-    teacher_dtype: torch.dtype | None, compiled: bool,
+    teacher_dtype: torch.dtype | None, compiled: bool, device: str,
 ) -> LossCost:  # fmt: skip
     """Of one micro-batch.
 
@@ -58,6 +59,8 @@ def loss_cost(
     own = autocast or head.dtype
     eager, made = bytes_per_logit(terms, own, teacher_dtype)
     per_logit = _compiled_bytes(own, teacher_dtype) if compiled else eager
+    if device == "cuda" and split.projects and not split.transforms and all(term.closed_form for term in terms):
+        per_logit = _compiled_bytes(own, teacher_dtype) - dtype_bytes(own)  # the gradient replaces the logits
     cast = head.numel() * dtype_bytes(own) if own != head.dtype else 0
     per_row = 2 * dtype_bytes(head.dtype) + (dtype_bytes(teacher_dtype) if teacher_dtype is not None else 0)
     gradient = head.numel() * 4 if head.requires_grad else 0

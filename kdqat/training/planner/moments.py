@@ -7,7 +7,7 @@ temporaries come when both are settled. Each moment is added up by itself and th
 
 from __future__ import annotations
 
-from kdqat.models import SplitModel
+from kdqat.models import SplitModel, blocks_of
 from kdqat.training.planner import hardware
 from kdqat.training.planner.activations import Kept
 from kdqat.training.planner.loss import LossCost
@@ -45,6 +45,8 @@ def moments_of(
     saved = {ACTIVATIONS: kept.activations, COPIES: kept.weight_copies, QUANTIZATION: kept.fake_quantization}
     judged = trace.size(trace.judged)  # losses on hidden states follow those on logits
     block = again.total + _backward_temporaries(trace, split)
+    embedding = split.model.get_input_embeddings().weight  # type: ignore[operator]
+    looked_up = embedding.numel() * 4 if embedding.requires_grad else 0  # a table's gradient, before it is added
     made = {GRADIENTS: gradients // ranks}
     held = gradients // ranks if setup.accumulate > 1 else 0  # of earlier micro-batches
     moments: dict[str, dict[str, int]] = {
@@ -61,7 +63,8 @@ def moments_of(
             SPREAD: gathered + buckets,
         },
         "end of backward": {
-            **always, **made, **{part: size // max(len(blocks), 1) for part, size in saved.items()}, BLOCK: block,
+            **always, **made, **{part: size // max(len(blocks), 1) for part, size in saved.items()},
+            BLOCK: max(block, looked_up),
             SPREAD: gathered + buckets,
         },
         "optimizer step": {**always, **made, BLOCK: optimizer.temporaries // ranks, SPREAD: buckets},
@@ -76,5 +79,6 @@ def _backward_temporaries(trace: Trace, split: SplitModel) -> int:
     """Gradients on their way through one block: of its two largest activations, and of its largest weight in fp32
     while that passes a fake quantizer."""
     sizes = [trace.nbytes[n] for n in set().union(*trace.saved.values()) - trace.static - trace.quantizing]
-    weight = max((p.numel() for p in split.parameters() if p.requires_grad), default=0)
+    blocks = (parameter for block in blocks_of(split.model) for parameter in block.parameters())
+    weight = max((p.numel() for p in blocks if p.requires_grad), default=0)
     return 2 * max(sizes, default=0) + 2 * 4 * weight

@@ -97,7 +97,10 @@ def plan_memory(module: KDQATModule, data: TextData, trainer_args: Mapping[str, 
     )
     compiled = bool(parallel.compile_blocks)
     kept, again = count_kept(trace, checkpoint=parallel.checkpoint_blocks, compiled=compiled)
-    loss = loss_cost(module.loss, split, rows, autocast=setup.autocast, teacher_dtype=teacher.dtype, compiled=compiled)
+    loss = loss_cost(
+        module.loss, split, rows, autocast=setup.autocast, teacher_dtype=teacher.dtype, compiled=compiled,
+        device=setup.device,
+    )  # fmt: skip
     trainable = [p for p in {id(p): p for p in split.parameters()}.values() if p.requires_grad]
     if not trainable:
         raise ValueError("nothing to train: every parameter is frozen")
