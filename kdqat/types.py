@@ -46,7 +46,8 @@ class Projection(NamedTuple):
 
     weight: Tensor  # [V, H] as the head computes with it (fake-quantized), differentiable, before autocast
     bias: Tensor | None  # [V]
-    transform: Callable[[Tensor], Tensor]  # [..., V] -> [..., V']: logit scale, soft-cap, cut vocabulary; pure
+    # [..., V] -> [..., V'], pure: logit scale, soft-cap, cut vocabulary; None: the product is the logits
+    transform: Callable[[Tensor], Tensor] | None
 
 
 class Outputs(NamedTuple):

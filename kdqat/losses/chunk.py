@@ -8,7 +8,7 @@ Letters in shapes: N positions that count, n rows of a chunk, k kept tokens, V v
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,20 @@ TeacherChunk = Tensor | TopKRows | None
 """The teacher's logits [n, V], its top k, or no teacher."""
 
 
+class ClosedForm(NamedTuple):
+    """A loss that the kernel in `kernels/` knows: T^2 KL[p_T; q_T], or the negative log-likelihood of the label."""
+
+    kind: Literal["kl", "nll"]
+    temperature: float = 1.0
+
+
 class Terms(NamedTuple):
     """What is summed over tokens."""
 
     losses: Mapping[str, TokenLoss]
     weights: tuple[float, ...]  # one for each loss: what is trained is their weighted sum
     monitors: Mapping[str, TokenLoss]  # logged only: no gradient
+    closed: tuple[ClosedForm | None, ...] = ()  # of losses, then monitors; None: only the function knows
 
     def total(self, sums: Sequence[Tensor]) -> Tensor:
         """The weighted sum of `sums`, which are those of the losses, then of the monitors."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kdqat.losses.chunk import ClosedForm
 from kdqat.losses.logits import LogitLoss
 from kdqat.metrics import token_nll
 
@@ -21,6 +22,11 @@ class CrossEntropy(LogitLoss):
     """
 
     needs_teacher = False
+
+    @property
+    def closed_form(self) -> ClosedForm:
+        """See `LogitLoss`."""
+        return ClosedForm("nll")
 
     def token_loss(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """[n, V], [n, V] or [0], [n] -> [n]."""

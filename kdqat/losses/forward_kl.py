@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kdqat.losses.chunk import ClosedForm
 from kdqat.losses.logits import LogitLoss, check_temperature
 from kdqat.losses.select import Reduction
 from kdqat.metrics import kl_divergence, log_probs
@@ -37,6 +38,11 @@ class ForwardKL(LogitLoss):
     def is_kl(self) -> bool:
         """At T = 1 this loss is the KL that every loss logs."""
         return self.temperature == 1.0
+
+    @property
+    def closed_form(self) -> ClosedForm:
+        """See `LogitLoss`."""
+        return ClosedForm("kl", self.temperature)
 
     def token_loss(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """[n, V], [n, V], [n] -> [n]."""

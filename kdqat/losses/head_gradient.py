@@ -47,7 +47,7 @@ class HeadGradient:
         """
         of_rows, of_weight, of_bias = self._sums
         if of_rows is not None:
-            add_product(of_rows[part], gradient, weight)
+            add_product(of_rows[part], gradient, weight, True)  # each row belongs to one chunk
         if of_weight is not None:
             add_product(of_weight, gradient.t(), rows)
         if of_bias is not None:
@@ -59,9 +59,11 @@ class HeadGradient:
         return _Known.apply(value, sums, scale, *self.inputs)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the dtype of `total`, which may be wider than that of the factors."""
-    if total.dtype == left.dtype:
+def add_product(total: Tensor, left: Tensor, right: Tensor, fresh: bool = False) -> None:
+    """total += left @ right, in the dtype of `total`, which may be wider than that of the factors; `fresh`: it is 0."""
+    if total.dtype == left.dtype and fresh:
+        torch.mm(left, right, out=total)
+    elif total.dtype == left.dtype:
         total.addmm_(left, right)
     elif adds_in_fp32(total.device.type, left.dtype):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from kdqat.losses.base import DistillLoss
-from kdqat.losses.chunk import Terms, TokenLoss
+from kdqat.losses.chunk import ClosedForm, Terms, TokenLoss
 from kdqat.losses.chunked import sum_over_tokens
 from kdqat.losses.select import Reduction
 from kdqat.metrics import token_kl
@@ -59,6 +59,11 @@ class LogitLoss(DistillLoss):
         """Whether `token_loss` is the plain KL[p; q], so that it need not be computed again for the log."""
         return False
 
+    @property
+    def closed_form(self) -> ClosedForm | None:
+        """What `token_loss` is, where a kernel computes it with its gradient; None: `token_loss` is called."""
+        return None
+
     def compile_chunks(self) -> None:
         """torch.compile from here on what lies between the logits of a chunk and their gradient, where the student's
         head is a projection: no fp32 tensor [chunk_tokens, V] exists then. Another length compiles nothing anew."""
@@ -89,17 +94,23 @@ def sum_logit_losses(
 
     The smallest `chunk_tokens` among the losses holds for all.
     """
-    monitors: dict[str, TokenLoss] = {}
-    if teacher is not None:
-        for loss in losses.values():
-            monitors.update(loss.monitors())
+    terms = terms_of(losses, weights, teacher is not None)
     plain_kl = next((name for name, loss in losses.items() if loss.is_kl), None)
-    if plain_kl is not None:
-        monitors.pop("kl", None)
-    terms = Terms({name: loss.token_loss for name, loss in losses.items()}, tuple(weights), monitors)
     chunk_tokens = min(loss.chunk_tokens for loss in losses.values())
     sums = sum_over_tokens(terms, student, teacher, batch, chunk_tokens=chunk_tokens, compiled=compiled)
     return sums.total, sums.by_name if plain_kl is None else {**sums.by_name, "kl": sums.by_name[plain_kl]}
+
+
+def terms_of(losses: Mapping[str, LogitLoss], weights: Sequence[float], with_teacher: bool) -> Terms:
+    """What `sum_over_tokens` is asked for: the losses, and with a teacher their monitors, the plain KL only once."""
+    monitors: dict[str, TokenLoss] = {}
+    for loss in losses.values() if with_teacher else ():
+        monitors.update(loss.monitors())
+    if any(loss.is_kl for loss in losses.values()):
+        monitors.pop("kl", None)
+    watched = [ClosedForm("kl") if function is _kl else None for function in monitors.values()]
+    closed = (*(loss.closed_form for loss in losses.values()), *watched)
+    return Terms({name: loss.token_loss for name, loss in losses.items()}, tuple(weights), monitors, closed)
 
 
 def check_temperature(temperature: float) -> None:

@@ -4,7 +4,7 @@ A chunk's logits, and their gradient g, exist once: rows @ W.T, then the losses 
 logits alone, then g @ W for the rows and g.T @ rows added to the weight's gradient. The backward pass only multiplies
 by what comes from above. So both heads run once, where checkpointing runs them twice, and W is cast (and fake-
 quantized) once a micro-batch. It is what Liger's fused linear losses do (https://arxiv.org/abs/2410.10989), for any
-loss: nobody derives a gradient by hand.
+loss: nobody derives a gradient by hand, but for forward KL and cross-entropy, which have a kernel on CUDA (`kernels/`).
 
 The weight's gradient is summed in fp32 over the chunks and reaches an fp32 weight as it is; a plain head under
 autocast rounds it to 16 bits first.
@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdqat.losses import kernels
 from kdqat.losses.chunk import TeacherChunk, TeacherRows, Terms, TokenSums, chunk_sums, take
 from kdqat.losses.head_gradient import HeadGradient
+from kdqat.losses.top_k import TopKRows
 from kdqat.types import Projection
 
 EAGER_LOGITS = 2**23  # how many an eager loss sees at a time: it makes about eight fp32 tensors of that size
@@ -57,7 +59,8 @@ def sum_projected(
     scale = FP16_SCALE / (sum(map(abs, terms.weights)) or 1.0) if dtype == torch.float16 else 1.0
     with torch.no_grad():
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        no_logits = transform(weight.new_empty(0, len(weight)))  # [0, V], cut
+        no_logits = weight.new_empty(0, len(weight))
+        no_logits = no_logits if transform is None else transform(no_logits)  # [0, V], cut
         zero = weight.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
         totals = [zero] * (len(terms.losses) + len(terms.monitors))
         for start in range(0, len(rows), chunk_tokens):
@@ -84,7 +87,7 @@ def sum_projected(
 
 def value_and_grad(
     terms: Terms,
-    transform: Callable[[Tensor], Tensor],
+    transform: Callable[[Tensor], Tensor] | None,
     logits: Tensor,
     teacher: TeacherChunk,
     labels: Tensor,
@@ -95,6 +98,7 @@ def value_and_grad(
     """The sums of a chunk, and the gradient of their weighted total.
 
     Args:
+        transform: see `Projection`.
         logits: [n, V], before `transform`; spent afterwards: the gradient may lie in their memory.
         teacher, labels: of these n rows.
         scale: multiplies the gradient; None: none is wanted.
@@ -103,6 +107,10 @@ def value_and_grad(
     Returns:
         The sum of each loss, then of each monitor, 0-D and detached; the gradient [n, V] in the dtype of `logits`.
     """
+    factors = kernels.factors_of(terms, transform, logits, teacher)
+    if factors is not None:
+        assert not isinstance(teacher, TopKRows)
+        return kernels.value_and_grad(terms, factors, logits, teacher, labels, scale)
     run = _compiled_chunk_sums() if compiled else chunk_sums
     step = len(logits) if compiled else max(1, EAGER_LOGITS // logits.shape[1])
     totals: list[Tensor] = []

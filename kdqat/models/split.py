@@ -68,7 +68,8 @@ class SplitModel(nn.Module):
         """
         if self.family.head is None:
             raise ValueError(NO_HEAD)
-        return self._transform(self.model.get_submodule(self.family.head)(hidden))
+        logits = self.model.get_submodule(self.family.head)(hidden)
+        return logits if self._transform is None else self._transform(logits)
 
     def projection(self) -> Projection:
         """The same head as one matmul, its weight fake-quantized anew; only where it `projects`."""
@@ -92,7 +93,9 @@ class SplitModel(nn.Module):
         return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
 
     @property
-    def _transform(self) -> Callable[[Tensor], Tensor]:
+    def _transform(self) -> Callable[[Tensor], Tensor] | None:
+        if self._scale == 1.0 and self._soft_cap is None and self.vocab_size is None:
+            return None
         # a function of numbers, not a method: torch.compile looks into it, and has no business in a sharded module
         return partial(transform_logits, scale=self._scale, soft_cap=self._soft_cap, vocab_size=self.vocab_size)
 

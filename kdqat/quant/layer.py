@@ -28,7 +28,7 @@ def default_activation_quantizer(spec: QuantSpec, shape: torch.Size) -> FakeQuan
 def autocast_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which a matmul takes `weight`: writing it at once saves the cast, and the copy in between."""
     device = weight.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast and weight.dtype == torch.float32 else weight.dtype
 
 

@@ -94,6 +94,7 @@ class KDQATModule(L.LightningModule):
         self._val_loss = WeightedSum(judges, [1.0] * len(judges))
         self._val_kl, self._val_nll = MeanMetric(), MeanMetric()
         self._step = StepSums()
+        self._to_log: dict[str, Tensor] = {}
         self._divisor: Tensor | int = 0
 
     @classmethod
@@ -218,8 +219,13 @@ class KDQATModule(L.LightningModule):
             # training_step divided by _divisor, Lightning by the micro-batches, DDP and FSDP2 by the ranks
             divided_by = self._divisor * self.trainer.accumulate_grad_batches * self.trainer.world_size
             torch._foreach_mul_(gradients(self.parameters()), divided_by / num)
-        for name, value in named.items():
-            self.log(f"train/{name}", value / num)
+        self._to_log = {name: value / num for name, value in named.items()}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        for name, value in self._to_log.items():  # Lightning takes its time, which the device spends on the update
+            self.log(f"train/{name}", value)
+        self._to_log = {}
 
     def configure_gradient_clipping(
         self,
@@ -237,7 +243,7 @@ class KDQATModule(L.LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         else:
             norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-            self.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2
+            self._to_log["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.split is not None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kdqat.models import SplitModel, blocks_of
 
@@ -64,11 +64,11 @@ class Parallel:
             raise ValueError(
                 "model.parallel.shard: true and trainer.strategy: ModelParallelStrategy go together; set both or none"
             )
-        if self.checkpoint_blocks:
-            options: dict[str, Any] = {"use_reentrant": False}
-            if self.checkpoint_blocks == "selective":
-                options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-            student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        if self.checkpoint_blocks == "selective":
+            for block in blocks_of(student.model):
+                _keep_matmuls(block)
+        elif self.checkpoint_blocks:
+            student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         if self.compile_blocks:
             for block in blocks_of(student.model):
                 block.compile()
@@ -87,6 +87,20 @@ class Parallel:
 
         shard(student)
         return shard
+
+
+def _keep_matmuls(block: nn.Module) -> None:
+    """Checkpoint the block's forward by `_policy`, in the instance: transformers may checkpoint the call around it,
+    which is outside of what is compiled, and then the compiler does not see what to keep."""
+    inner = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return inner(*args, **kwargs)
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        return checkpoint(inner, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    block.forward = forward
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

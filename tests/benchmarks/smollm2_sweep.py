@@ -4,7 +4,8 @@
 
 A setting is SCHEME[,key=value ...]: lr, scale_ratio, warmup, final, beta2, clip, init, quantizer, frozen (a part of
 names), steps, loss, seed, zero, hidden, cosine, opt, batch, accumulate, compile, only (one evaluation text), windows
-(evaluate on so many), kv, deploy (activation quantization only in evaluation). Rows append to OUT_DIR/sweep.jsonl.
+(evaluate on so many), teacher (hidden, top_k: answers written beforehand), k, kv, deploy (activation quantization only
+in evaluation). Rows append to OUT_DIR/sweep.jsonl.
 Static activation ranges and FPQ are calibrated on the first training text.
 """
 
@@ -28,7 +29,7 @@ from kdqat.data import PackedText, TextSource
 from kdqat.evaluators import TeacherAgreement
 from kdqat.initializers import FPQ, RTN, MSEGrid
 from kdqat.losses import CAKLD, CrossEntropy, ForwardKL, GeneralizedJSD, HiddenStates, ReverseKL, WeightedSum
-from kdqat.models import FrozenTeacher, ModelSource, SplitModel
+from kdqat.models import CachedTeacher, FrozenTeacher, ModelSource, SplitModel, Teacher
 from kdqat.quant import LSQ, Fixed, MinMax
 from kdqat.quant.quantizers.seq import SEQ
 from kdqat.student import as_rtn, prepare_student
@@ -158,7 +159,17 @@ def train_one(
     if "cosine" in args:
         loss = WeightedSum([loss, HiddenStates("cosine")], [1.0, float(args["cosine"])])
     steps = int(args.get("steps", 300))
-    teacher = FrozenTeacher(dtype="bfloat16")
+    data = PackedText(
+        texts(folder), seq_len=1024, batch_size=int(args.get("batch", 16)), shuffle_seed=int(args.get("seed", 0))
+    )
+    api.bind_data(data, student)
+    teacher: Teacher = FrozenTeacher(dtype="bfloat16", compile=args.get("compile", "0") == "1")
+    filling = 0.0
+    if "teacher" in args:  # hidden, or top_k with k
+        teacher = CachedTeacher(FrozenTeacher(), kind=args["teacher"], k=int(args.get("k", 64)))  # type: ignore[arg-type]
+        started = time.monotonic()
+        api.cache(source, teacher, data, device=device)
+        filling = time.monotonic() - started
     teacher.prepare(source, original, tokenizer, pristine=True)
     module = KDQATModule.from_student(
         student,
@@ -173,10 +184,6 @@ def train_one(
         scale_lr_ratio=float(args.get("scale_ratio", 0.1)),
         parallel=Parallel(compile_blocks=args.get("compile", "0") == "1"),
     )
-    data = PackedText(
-        texts(folder), seq_len=1024, batch_size=int(args.get("batch", 16)), shuffle_seed=int(args.get("seed", 0))
-    )
-    api.bind_data(data, student)
     trainer_args = {
         "max_steps": steps,
         "accelerator": "auto",
@@ -200,7 +207,7 @@ def train_one(
     numbers = api.evaluate(student, judges, judge, device=device)
     tokens = steps * int(args.get("batch", 16)) * int(args.get("accumulate", 1)) * 1024
     return {"setting": setting, "rtn": measured_rtn[base], "student": numbers, "seconds": seconds,
-           "tokens_per_s": tokens / seconds, "peak_gib": peak}  # fmt: skip
+           "tokens_per_s": tokens / seconds, "peak_gib": peak, "filling_s": filling}  # fmt: skip
 
 
 def optimizer_of(args: dict[str, str], fused: bool) -> Any:

@@ -127,11 +127,10 @@ class Clock(L.Callback):
         if self.profiler and trainer.global_step == 11:
             torch.cuda.synchronize()
             self.profiler.__exit__(None, None, None)
-            table = self.profiler.key_averages().table(
-                sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90
-            )
+            table = self.profiler.key_averages()
+            text = table.table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
             assert self.profile is not None
-            self.profile.write_text(table)
+            self.profile.write_text(f"{idle(self.profiler)}\n{text}")
             self.profiler = None
 
     def milliseconds(self, warmup: int = 5) -> list[float]:
@@ -141,6 +140,22 @@ class Clock(L.Callback):
         else:
             steps = [1000 * (b - a) for a, b in zip(self.events, self.events[1:], strict=False)]
         return steps[min(warmup, len(steps) // 2) :]
+
+
+def idle(profiler: Any) -> str:
+    """Where the device waited for the CPU: its longest gaps, and what it did before and after."""
+    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA and "#" not in e.name]
+    kernels.sort(key=lambda e: e.time_range.start)
+    gaps, end, last = [], kernels[0].time_range.end, kernels[0].name
+    for event in kernels[1:]:
+        if event.time_range.start > end:
+            gaps.append((event.time_range.start - end, last, event.name))
+        if event.time_range.end > end:
+            end, last = event.time_range.end, event.name
+    lines = [f"{gap:8.0f} us between {a[:60]} and {b[:60]}" for gap, a, b in sorted(gaps, reverse=True)[:12]]
+    total = sum(gap for gap, _, _ in gaps) / 1000
+    span = (end - kernels[0].time_range.start) / 1000
+    return "\n".join([f"two steps: {span:.1f} ms, of which idle {total:.1f} ms in {len(gaps)} gaps", *lines])
 
 
 class Remembered(FrozenTeacher):
@@ -217,7 +232,6 @@ def measure(what: str, args: dict[str, str], out: Path) -> dict[str, Any]:
 def measure_torchao(args: dict[str, str]) -> dict[str, Any]:
     """torchao's QAT with its fake quantizers, a KL over all logits at once, autocast and fused AdamW."""
     import copy
-    import time
 
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
@@ -244,7 +258,6 @@ def measure_torchao(args: dict[str, str]) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         float(q.detach()[0, 0])  # a loop that logs its loss waits here too
-    del time
     return row_of(clock.milliseconds(), args)
 
 

@@ -120,4 +120,4 @@ def test_on_a_gpu_16_bit_products_are_added_in_fp32(dtype):
         total = run_wide(hidden, weight, teacher, batch)
     total.backward()
     assert adds_in_fp32("cuda", dtype)
-    assert_near([hidden.grad.cpu(), weight.grad.cpu()], exact, 0.02)
+    assert_near([hidden.grad.cpu(), weight.grad.cpu()], exact, 0.05 if dtype == torch.bfloat16 else 0.02)

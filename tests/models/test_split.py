@@ -71,7 +71,8 @@ def test_the_projection_is_the_head_exactly(kind, cut):
         assert outputs.projection is None
         return
     weight, bias, transform = outputs.projection()
-    logits = transform(torch.nn.functional.linear(outputs.hidden, weight, bias))
+    logits = torch.nn.functional.linear(outputs.hidden, weight, bias)
+    logits = logits if transform is None else transform(logits)
     assert torch.equal(logits, outputs.head(outputs.hidden)) and logits.shape[-1] == (cut or model.num_logits)
 
 

@@ -1,8 +1,8 @@
 """The arithmetic of `functional.py` in Triton: one pass over a tensor forward, one backward.
 
 A program handles GROUPS groups of G elements, each padded to PAD lanes, in fp32. Ranges of live tensors are found in
-the same pass. Results are those of the pure functions bit for bit: divisions round to nearest, products and sums are
-not fused (`enable_fp_fusion=False` at launch), rounding ties go to even.
+the same pass. Results are those of the pure functions bit for bit: divisions round to nearest, ties go to even, and a
+product is not fused with a sum that follows it.
 
 Constants: KIND 0 integer, 1 minifloat, 2 codebook. ZERO 0 none, 1 integer, 2 minimum. STE 0 plain, 1 clipped, 2 trust,
 3 attenuated. RULE 0 scale given, 1 absmax, 2 absmax_half, 3 signed_max, 4 mx, 5 least and largest. STORED 0 fp32,
@@ -135,7 +135,8 @@ def fake_quantize_kernel(
     wide = scale + tl.zeros_like(x)  # div_rn takes equal shapes
     if ZERO == 2:
         level = tl.minimum(tl.maximum(tl.div_rn(x - zero, wide), low), high)
-        y = scale * _nearest(level, mantissa_ptr, exponent_ptr, levels_ptr, KIND, HALF, LEVELS) + zero
+        product = scale * _nearest(level, mantissa_ptr, exponent_ptr, levels_ptr, KIND, HALF, LEVELS)
+        y = tl.where(inside, product, 0.0) + zero  # a choice in between: the compiler would fuse them otherwise
     else:
         if ZERO == 1:
             low, high = low - zero, high - zero
