@@ -19,7 +19,7 @@ from tests.training.test_kill_resume import until
 
 def teacher(**init_args: Any) -> dict[str, Any]:
     frozen = named("FrozenTeacher", dtype="float32")
-    return named("CachedTeacher", teacher=frozen, folder="answers", **{"kind": "hidden", **init_args})
+    return named("CachedTeacher", teacher=frozen, **{"folder": "answers", "kind": "hidden", **init_args})
 
 
 def cached_rows(folder: Path) -> int:
