@@ -276,6 +276,5 @@ def test_a_real_model_goes_through_every_verb(tmp_path: Path) -> None:
 
 
 def test_a_traceback_is_kept_for_who_asks(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kdqat", "eval", str(tmp_path / "none.yaml")]
-    done = subprocess.run(command, env={**os.environ, "KDQAT_TRACEBACK": "1"}, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" in done.stderr and "no such recipe" in done.stderr
+    done = server().run(tmp_path, "eval", "none.yaml", KDQAT_TRACEBACK="1")
+    assert done.code == 1 and "Traceback" in done.err and "no such recipe" in done.err
