@@ -87,7 +87,9 @@ class _FakeQuantize(torch.autograd.Function):
             assert stored is not None
             levels = quantize(quantizer.groups(tensor), stored, quantizer.grid, quantizer.spec)
             values = dequantize(levels, stored, quantizer.spec).reshape(tensor.shape)
-        return rotate(values, quantizer.spec.hadamard).to(dtype)
+        values = rotate(values, quantizer.spec.hadamard)
+        # never a cast to the dtype there is: compiled by torch 2.11, a Function that ends in one has no gradient
+        return values if values.dtype == dtype else values.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -8,7 +8,7 @@ in the *whole* optimizer step, over micro-batches and ranks, so that unequal mic
 from __future__ import annotations
 
 import logging
-import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,10 +25,11 @@ from kdqat.losses import CrossEntropy, DistillLoss, ForwardKL, WeightedSum
 from kdqat.models import ModelSource, SplitModel, Teacher
 from kdqat.quant import QuantizerFactory, default_activation_quantizer, describe_ways
 from kdqat.student import Student, load_student, prepare_student
-from kdqat.training.nonfinite import NonFiniteLossError, explain
-from kdqat.training.optim import WarmupCosine, gradients, scale_learning_rate
+from kdqat.training.nonfinite import require_finite
+from kdqat.training.optim import gradients, scale_learning_rate, scheduled
 from kdqat.training.optimizer import make_optimizer, require_trainable
 from kdqat.training.parallel import Parallel
+from kdqat.training.side_stream import SideStream
 from kdqat.training.step import StepSums, summed_over_ranks
 from kdqat.training.trainable import Trainable, freeze_all_but_scales, require_weights_at_rest
 from kdqat.types import Batch
@@ -95,6 +96,7 @@ class KDQATModule(L.LightningModule):
         self._val_kl, self._val_nll = MeanMetric(), MeanMetric()
         self._step = StepSums()
         self._to_log: dict[str, Tensor] = {}
+        self._side: SideStream | None = None  # the teacher's, where it has one of its own
         self._divisor: Tensor | int = 0
 
     @classmethod
@@ -179,8 +181,19 @@ class KDQATModule(L.LightningModule):
             self.teacher.place(self.trainer.strategy.root_device, shard)
         if self.loss is not None and self.parallel.compile_blocks:
             self.loss.compile_chunks()
-        log.info(describe_ways(self.split, self.trainer.strategy.root_device))
+        device = self.trainer.strategy.root_device
+        if device.type == "cuda" and self.teacher is not None and not self.teacher.shares_weights and shard is None:
+            self._side = SideStream(device)
+        log.info(describe_ways(self.split, device))
         self._configured = True
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        if self._side is None:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        with self._side.beside():  # on the main stream it would wait for the optimizer, and the teacher with it
+            batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        self._side.join(batch)
+        return batch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Lightning drops the last step's gradients between forward and backward: as many bytes as the weights have,
@@ -195,9 +208,12 @@ class KDQATModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.loss is not None
-        teacher = self.teacher.outputs(batch, self.loss.wants) if self.teacher is not None else None
         assert self.split is not None
+        with nullcontext() if self._side is None else self._side.beside():
+            teacher = self.teacher.outputs(batch, self.loss.wants) if self.teacher is not None else None
         student = self.split(batch, self.loss.wants)
+        if self._side is not None:
+            self._side.join(teacher)
         parts = self.loss(student, teacher, batch)
         self._step.add(parts, batch)
         if self.trainer.accumulate_grad_batches == 1:
@@ -211,8 +227,9 @@ class KDQATModule(L.LightningModule):
     def on_after_backward(self) -> None:
         if self.trainer.fit_loop._should_accumulate():
             return
+        assert self.split is not None
         named = self._step.over_ranks(self.trainer.world_size)
-        self._require_finite(float(named["loss"]))
+        require_finite(float(named["loss"]), self._step, self.global_step, self.split, self.teacher)
         self._step = StepSums()
         num = named.pop("num").clamp(min=1)
         if self.trainer.accumulate_grad_batches > 1:
@@ -273,21 +290,5 @@ class KDQATModule(L.LightningModule):
         scale_learning_rate(optimizer, self.scale_lr_ratio)
         if self.scheduler_factory is None:
             return optimizer
-        scheduler = self.scheduler_factory(optimizer)
-        if isinstance(scheduler, WarmupCosine):
-            scheduler.finish_at(int(self.trainer.estimated_stepping_batches))
+        scheduler = scheduled(optimizer, self.scheduler_factory, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _require_finite(self, loss: float) -> None:
-        """Raise on every rank at the same step, before the weights change: a rank alone would leave the others
-        waiting, and under FSDP2 the forward passes that find the layer need them all."""
-        if math.isfinite(loss):
-            return
-        assert self.split is not None
-        broken = self._step.first_broken()
-        batch = broken if broken is not None else self._step.micro_batches[-1][1]
-        teacher = None if self.teacher is None else self.teacher.outputs(batch)
-        message = explain(self.global_step, loss, self.split, teacher, batch)
-        if broken is None:
-            message = f"step {self.global_step}: the loss of another process is {loss}; its message says more"
-        raise NonFiniteLossError(message)

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdqat.models import SplitModel
+from kdqat.models import SplitModel, Teacher
 from kdqat.quant import FakeQuantizer, FakeQuantLayer
+from kdqat.training.step import StepSums
 from kdqat.types import Batch, Outputs, TopKOutputs
 
 
 class NonFiniteLossError(ValueError):
     """The loss became NaN or infinite; the message names step, layer and scales. The run's checkpoints are whole."""
+
+
+def require_finite(loss: float, step: StepSums, number: int, student: SplitModel, teacher: Teacher | None) -> None:
+    """Check the loss of a whole optimizer step. All ranks raise at the same step, before the weights change: a rank
+    alone would leave the others waiting, and under FSDP2 the forward passes that find the layer need them all.
+
+    Args:
+        loss: summed over micro-batches and ranks.
+        step: what this rank added to it.
+        number: of the step.
+
+    Raises:
+        NonFiniteLossError: saying where it began.
+    """
+    if math.isfinite(loss):
+        return
+    broken = step.first_broken()
+    batch = broken if broken is not None else step.micro_batches[-1][1]
+    message = explain(number, loss, student, None if teacher is None else teacher.outputs(batch), batch)
+    if broken is None:
+        message = f"step {number}: the loss of another process is {loss}; its message says more"
+    raise NonFiniteLossError(message)
 
 
 def explain(step: int, loss: float, student: SplitModel, teacher: Outputs | TopKOutputs | None, batch: Batch) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -91,3 +91,11 @@ def gradients(parameters: Iterable[nn.Parameter]) -> list[Any]:
     """The local parts of all gradients that exist."""
     grads = (p.grad for p in parameters if p.grad is not None)
     return [g.to_local() if hasattr(g, "to_local") else g for g in grads]
+
+
+def scheduled(optimizer: Optimizer, factory: Callable[[Optimizer], Any], total_steps: int) -> Any:
+    """The schedule that `factory` makes; a WarmupCosine without an end of its own ends with the run."""
+    scheduler = factory(optimizer)
+    if isinstance(scheduler, WarmupCosine):
+        scheduler.finish_at(total_steps)
+    return scheduler
