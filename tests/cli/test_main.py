@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.cli.fork_server import ROOT, run
+from tests.cli.fork_server import ROOT, run, server
 from tests.cli.recipes import DROP, write
 
 OUTPUTS = {"prepared", "checkpoints", "metrics.csv", "student", "eval.json", "export", "validation.json"}
