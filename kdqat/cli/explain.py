@@ -39,6 +39,7 @@ _BASES: dict[str, type] = {
     "optimizer": optim.Optimizer,
 }
 _GIVEN = ("self", "args", "kwargs", "spec", "shape", "params", "optimizer")  # by us, not by the recipe
+_EXTRAS = ("torchao", "bitsandbytes")  # of kdqat's own, in pyproject.toml
 _GENERIC = ("Expected a", "Not a valid", "Does not validate", "Subtypes:", "Errors:", "Subclass types", "a class path",
             "a dict with", "Given value", "Problem with", "Parser key")  # fmt: skip
 
@@ -63,10 +64,13 @@ def explain(message: str, parser: Any, methods: Sequence[ModuleType]) -> str:
         return f"{where}unknown class {found[1]!r}{nearest_class(found[1], key, methods)}"
     if found := re.search(r"module '[\w.]+' has no attribute '(\w+)'", message):
         return f"{where}unknown class {found[1]!r}{nearest_class(found[1], key, methods)}"
+    if found := re.search(r"No module named '(\w+)'", message):
+        return f"{where}{missing_package(found[1])}"
     if found := re.search(r"Import path ([\w.]+) does not correspond to a subclass of (\w+)", message):
         return f"{where}{found[1]} is no {found[2]}{nearest_class(found[1], key, methods)}"
     if found := (
-        re.search(r"class_path '(?P<path>[\w.]+)'[^']*(?:\n.*)*?Option '(?P<option>\w+)' is not accepted", message)
+        # the class nearest before the option: a teacher may stand in a teacher
+        re.search(r"(?s)class_path '(?P<path>[\w.]+)'((?!class_path ').)*?Option '(?P<option>\w+)' is not acc", message)
         or re.search(r"Option '(?P<option>\w+)' is not accepted.*?class_path='(?P<path>[\w.]+)'", message)
     ):
         name, accepted = found["path"].rpartition(".")[2], _parameters(found["path"])
@@ -92,6 +96,13 @@ def explain(message: str, parser: Any, methods: Sequence[ModuleType]) -> str:
     return where + _one_line(re.sub(r'Parser key "[^"]+":', "", message))
 
 
+def missing_package(name: str) -> str:
+    """What to do about a class path whose first part cannot be imported."""
+    if name in _EXTRAS:
+        return f"the package {name} is missing: `pip install 'kdqat[{name}]'`"
+    return f"the package {name} is missing: `pip install {name}`; a file of your own is looked for where kdqat runs"
+
+
 def keys_of(parser: Any, group: str) -> list[str]:
     """The keys a recipe may have directly under `group` ("" for its sections)."""
     prefix = f"{group}." if group else ""
@@ -110,7 +121,9 @@ def nearest_class(word: str, key: str, methods: Sequence[ModuleType]) -> str:
 def _candidates(key: str, methods: Sequence[ModuleType]) -> list[str]:
     """Concrete classes that fit a key: ours by name, torch's optimizers with their module."""
     base = next((_BASES[part] for part in reversed(re.split(r"\W+", key)) if part in _BASES), object)
-    places = [(optim, "torch.optim.")] if base is optim.Optimizer else [(package, "") for package in methods]
+    places = [(package, "") for package in methods]
+    if base is optim.Optimizer:
+        places.append((optim, "torch.optim."))
     names = []
     for place, prefix in places:
         for name in getattr(place, "__all__", vars(place)):

@@ -83,11 +83,10 @@ class CachedTeacher(Teacher):
         if self.cache is not None:
             return
         filler = self.teacher
-        if filler.path in (None, source.path) and filler.revision in (None, source.revision):
-            own = source
+        own = filler.own_source(source)
+        if own.same_weights(source):
             split = head_only(copy.deepcopy(student.model.config), own)
         else:
-            own = ModelSource(filler.path or source.path, filler.dtype, filler.revision, filler.trust_remote_code)
             split = head_only(own.load_config(), own)
             cut = cut_vocabulary(student, split, lambda: (tokenizer, own.load_tokenizer()))
             if cut:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kdqat.files import sha256_of
+from kdqat.models.cast import cast_model
 from kdqat.models.fingerprint import files_fingerprint, folder_fingerprint
 from kdqat.models.package import find_model_in_package
 from kdqat.models.toy import TOYS, toy_model, toy_tokenizer
@@ -44,6 +45,10 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    def same_weights(self, other: ModelSource) -> bool:
+        """Whether both are one model, whatever its dtype."""
+        return replace(self, dtype=other.dtype) == other
+
     def load_model(self) -> nn.Module:
         """The model in `dtype`, in eval mode, on the CPU.
 
@@ -51,7 +56,7 @@ class ModelSource:
             ValueError: if it cannot be had; the message says what to do.
         """
         if self.path.startswith("toy:"):
-            return toy_model(self._toy_kind()).to(getattr(torch, self.dtype)).eval()
+            return cast_model(toy_model(self._toy_kind()), getattr(torch, self.dtype)).eval()
         from transformers import AutoConfig
 
         where, extra = self._locate()
@@ -72,7 +77,7 @@ class ModelSource:
         dtype = getattr(torch, self.dtype)
         if self.path.startswith("toy:"):
             with torch.device("meta"):
-                return toy_model(self._toy_kind()).to(dtype).eval()
+                return cast_model(toy_model(self._toy_kind()), dtype).eval()
         with _explained(self.path):
             config = copy.deepcopy(_config_of(replace(self, dtype="float32")))
             with torch.device("meta"):

@@ -4,7 +4,7 @@
 student in full precision (docs/teachers.md says which when).
 
 As a submodule it would land in checkpoints and in the optimizer, and `.train()` would switch its dropout on
-(docs/architecture.md, decision 9).
+(docs/architecture.md, decision 8).
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from kdqat.models.cast import cast_model
 from kdqat.models.fp8 import settle, to_float8
 from kdqat.models.offload import BlockOffload
 from kdqat.models.roles import blocks_of
@@ -123,14 +125,22 @@ class FrozenTeacher(Teacher):
         self._offloaded: BlockOffload | None = None
         self._compiled = False
 
+    def own_source(self, student: ModelSource) -> ModelSource:
+        """Where its weights come from, in its dtype; `student` is the student's source."""
+        if self.path in (None, student.path) and self.revision in (None, student.revision):
+            return replace(student, dtype=self.dtype)
+        return ModelSource(self.path or student.path, self.dtype, self.revision, self.trust_remote_code)
+
     def prepare(self, source: ModelSource, student: SplitModel, tokenizer: Any, *, pristine: bool) -> None:
         if self.split is not None:
             return
-        if self.path in (None, source.path) and self.revision in (None, source.revision):
-            model = copy.deepcopy(student.model) if pristine else source.load_model()
+        own = self.own_source(source)
+        if own.same_weights(source):
+            # rounded weights of the student's are no start for a teacher in another dtype
+            wide = source if source.dtype in ("float32", self.dtype) else own
+            model = copy.deepcopy(student.model) if pristine and wide is source else wide.load_model()
             self.split = SplitModel(cast_model(model, getattr(torch, self.dtype)))
         else:
-            own = ModelSource(self.path or source.path, self.dtype, self.revision, self.trust_remote_code)
             self.split = SplitModel(own.load_model())
             cut = cut_vocabulary(student, self.split, lambda: (tokenizer, own.load_tokenizer()))
             if cut:
@@ -186,19 +196,3 @@ class FrozenTeacher(Teacher):
         # no_grad, not inference_mode: KL saves its target for backward
         with torch.no_grad(), torch.autocast(batch.input_ids.device.type, enabled=False):
             return self.split(batch, wants)
-
-
-def cast_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model` in `dtype` as it would have been loaded; returns it.
-
-    What is in no file stays as it is: `model.to` would round rotary frequencies to bf16 as well, where they are off by
-    up to 0.2 %, and 500 tokens into a text the fastest of them by up to a radian.
-    """
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                module._buffers[name] = buffer.to(dtype)
-    return model

@@ -11,7 +11,10 @@ from typing import Any
 from tests.cli.fork_server import server
 from tests.cli.recipes import write
 
-OURS = re.compile(r"(plan|data|vocabulary): |packed |evaluating |prepared student|trained student|exported |step \d+/")
+OURS = re.compile(
+    r"(plan|data|vocabulary|memory|fake quantization|optimizer): |packed |evaluating |prepared student|trained student|"
+    r"exported |step \d+/"
+)
 
 
 @dataclass

@@ -11,10 +11,12 @@ import atexit
 import functools
 import importlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,16 +120,23 @@ def serve() -> None:
     """Answer questions on stdin until it closes. Started as a script."""
     import torch
 
-    import kdqat.cli.verbs
+    import kdqat.cli.verbs  # noqa: F401
+    from kdqat import api
+    from kdqat.cli.parser import parse_recipe
     from kdqat.data import TextSource, windows
     from kdqat.models.toy import toy_model, toy_tokenizer
+    from tests.cli.recipes import write
 
     torch.set_num_threads(1)
     toy_model("llama")  # imports what transformers imports late
     windows([TextSource(path="kdqat:prose")], toy_tokenizer(), 64)
     for name in ("tensorboard.summary.writer.event_file_writer", "torch.utils.tensorboard", "transformers.generation"):
         importlib.import_module(name)
-    assert kdqat.cli.verbs
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:  # what torch sets up at the first plan takes half a second
+        recipe = parse_recipe(write(Path(folder)))
+        api.plan_memory(recipe.model, recipe.data, recipe.trainer)
     for line in sys.stdin:
         question = json.loads(line)
         if "wait" in question:

@@ -16,9 +16,25 @@ import torch
 
 def hide_datasets() -> None:
     """As if the `datasets` package were not installed."""
-    for name in [name for name in sys.modules if name == "datasets" or name.startswith("datasets.")]:
+    _hide("datasets")
+
+
+def hide_torchao() -> None:
+    """As if torchao were not installed."""
+    _hide("torchao")
+
+
+def _hide(package: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         del sys.modules[name]
-    sys.modules["datasets"] = None  # type: ignore[assignment]
+
+    class Hidden:
+        @staticmethod
+        def find_spec(name: str, *_: Any) -> None:
+            if name.partition(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    sys.meta_path.insert(0, Hidden)  # type: ignore[arg-type]
 
 
 def slow_saves() -> None:

@@ -49,7 +49,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case: Case, tmp_path: Path)
     require_one_clear_line(*execute(case, tmp_path), case.says)
 
 
-ANEW = ["an unknown key of model", "an unknown preset", "a data file that is missing", "eval without a student"]
+ANEW = ["an unknown key of model", "a data file that is missing"]
 
 
 @pytest.mark.parametrize("name", ANEW)

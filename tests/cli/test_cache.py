@@ -7,16 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors import safe_open
 
 from tests.cli.case import named
 from tests.cli.fork_server import server
 from tests.cli.recipes import DROP, write
+from tests.distributed.runs import curve
+from tests.training.test_kill_resume import until
 
 
 def teacher(**init_args: Any) -> dict[str, Any]:
     frozen = named("FrozenTeacher", dtype="float32")
-    return named("CachedTeacher", teacher=frozen, folder="answers", **{"kind": "hidden", **init_args})
+    return named("CachedTeacher", teacher=frozen, **{"folder": "answers", "kind": "hidden", **init_args})
 
 
 def cached_rows(folder: Path) -> int:
@@ -44,6 +47,57 @@ def test_cache_then_fit_is_fit_with_the_live_teacher(tmp_path: Path) -> None:
     assert metrics[0] == metrics[1]
     validated = [server().run(tmp_path, "validate", name) for name in ("run", "live")]
     assert validated[0].code == 0 and validated[0].err.splitlines()[-1] == validated[1].err.splitlines()[-1]
+
+
+def test_a_top_k_of_all_tokens_teaches_what_the_live_teacher_does_and_fewer_take_less_room(tmp_path: Path) -> None:
+    write(tmp_path, name="live.yaml", evaluate=DROP, export=DROP, trainer__default_root_dir="live")
+    for k in (260, 16):
+        cached = teacher(kind="top_k", k=k, folder=f"answers{k}")
+        write(tmp_path, name=f"{k}.yaml", model__teacher=cached, evaluate=DROP, export=DROP,
+              trainer__default_root_dir=str(k))  # fmt: skip
+        assert server().run(tmp_path, "cache", f"{k}.yaml").code == 0
+        size = sum(path.stat().st_size for path in (tmp_path / f"answers{k}").glob("rows-*"))
+        assert size == pytest.approx(307 * (32 * (4 * k + 4) + 24), rel=0.02)
+    for name in ("live", "260", "16"):
+        done = server().run(tmp_path, "fit", f"{name}.yaml")
+        assert done.code == 0, done.err
+    live, full, few = (curve(tmp_path / name, "train/kl") for name in ("live", "260", "16"))
+    assert len(live) == 2 and full == pytest.approx(live, rel=0.02)  # probabilities are kept in fp16
+    assert few != pytest.approx(live, rel=0.02)
+
+
+def test_a_run_on_cached_answers_that_was_stopped_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    for name in ("stopped", "whole"):
+        write(tmp_path, name=f"{name}.yaml", model__teacher=teacher(kind="top_k"), evaluate=DROP, export=DROP,
+              trainer__default_root_dir=name, trainer__max_steps=12)  # fmt: skip
+    assert server().run(tmp_path, "cache", "whole.yaml").code == 0
+    command = server().start(tmp_path, "fit", "stopped.yaml", before="tests.cli.test_cache:slow_reads")
+    assert until(command, (tmp_path / "begun").exists)
+    command.kill(signal.SIGTERM)
+    done = command.wait()
+    assert done.code == 143 and "`kdqat fit stopped --resume` goes on" in done.err, done.err
+    assert not (tmp_path / "stopped" / "student").exists()
+    for name, how in (("stopped", ("--resume",)), ("whole", ())):
+        done = server().run(tmp_path, "fit", f"{name}.yaml", *how)
+        assert done.code == 0, done.err
+    for file in ("student/model.safetensors", "student/quantizers.safetensors", "metrics.csv"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def slow_reads() -> None:
+    """Answers take 50 ms to read; the fourth leaves a note."""
+    from kdqat.models import CachedTeacher
+
+    outputs, asked = CachedTeacher.outputs, []
+
+    def slow(self: Any, *args: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 4:
+            Path("begun").touch()
+        time.sleep(0.05)
+        return outputs(self, *args)
+
+    CachedTeacher.outputs = slow  # type: ignore[method-assign]
 
 
 def test_a_signal_keeps_what_was_answered_and_the_next_call_goes_on(tmp_path: Path) -> None:

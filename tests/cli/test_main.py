@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.cli.fork_server import ROOT, run
+from tests.cli.fork_server import ROOT, run, server
 from tests.cli.recipes import DROP, write
 
 OUTPUTS = {"prepared", "checkpoints", "metrics.csv", "student", "eval.json", "export", "validation.json"}
@@ -276,6 +276,5 @@ def test_a_real_model_goes_through_every_verb(tmp_path: Path) -> None:
 
 
 def test_a_traceback_is_kept_for_who_asks(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kdqat", "eval", str(tmp_path / "none.yaml")]
-    done = subprocess.run(command, env={**os.environ, "KDQAT_TRACEBACK": "1"}, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" in done.stderr and "no such recipe" in done.stderr
+    done = server().run(tmp_path, "eval", "none.yaml", KDQAT_TRACEBACK="1")
+    assert done.code == 1 and "Traceback" in done.err and "no such recipe" in done.err

@@ -42,7 +42,7 @@ ARGUMENTS = {WeightedSum: sum_of_four, CAKLD: lambda **kwargs: CAKLD(0.7, **kwar
 
 def found_losses() -> list[type[DistillLoss]]:
     found: set[type[DistillLoss]] = set()
-    for module in pkgutil.walk_packages(kdqat.losses.__path__, "kdqat.losses."):
+    for module in pkgutil.iter_modules(kdqat.losses.__path__, "kdqat.losses."):  # kernels/ holds none, and needs Triton
         for value in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(value) and issubclass(value, DistillLoss) and not inspect.isabstract(value):
                 found.add(value)

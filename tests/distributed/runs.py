@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 from kdqat.models.toy import toy_model, toy_tokenizer
+from tests.cli.fork_server import server
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -23,6 +25,8 @@ STEPS = 6
 SEQ_LEN, VAL_ROWS = 80, 4
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + ';' }}{% endfor %}"
 TEXT = "quantized weights learn their scales from the teacher while rounding hides what is lost on the grid"
+
+OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 SINGLE: dict[str, Any] = {"devices": 1}
 DDP: dict[str, Any] = {"devices": 2, "strategy": "ddp"}
@@ -148,7 +152,7 @@ def write_recipe(
 def environment(rank: int | None = None, world_size: int = 1, port: int = 0) -> dict[str, str]:
     """One thread a process, and for `rank` what torchrun would set."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": f"{ROOT}:{HERE}"}
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for key in OF_TORCHRUN:
         env.pop(key, None)
     if rank is not None:
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "NODE_RANK": "0"}
@@ -184,19 +188,22 @@ class Jobs:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, str(HERE / "worker.py"), str(file), str(prefix)]
-        processes, logs = [], [prefix.with_suffix(f".rank{rank}.log") for rank in range(num_processes)]
-        for rank, path in enumerate(logs):
+        commands = []
+        for rank in range(num_processes):
             env = environment(rank, num_processes, port) if num_processes > 1 else environment()
-            with path.open("w") as log:
-                processes.append(subprocess.Popen(command, env=env, cwd=self.folder, stdout=log, stderr=log))
-        try:
-            for process in processes:
-                process.wait(timeout)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+            mine = {key: env[key] for key in (*OF_TORCHRUN, "KDQAT_CACHE") if key in env}
+            where = self.folder / f"{self.label}.{rank}"
+            where.mkdir()
+            commands.append(server().start(where, file, prefix, before="tests.distributed.worker:work", **mine))
+        deadline = time.monotonic() + timeout
+        while any(command.running() for command in commands):
+            time.sleep(0.05)
+            if time.monotonic() > deadline:
+                for command in commands:
+                    command.kill()
+        for command in commands:
+            command.wait()
+        logs = [prefix.with_suffix(f".rank{rank}.log") for rank in range(num_processes)]
         self.logs = [path.read_text() for path in logs]
         self.results = [json.loads(Path(f"{prefix}.rank{rank}.json").read_text()) for rank in range(num_processes)]
         return self

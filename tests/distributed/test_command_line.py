@@ -25,7 +25,9 @@ BOTH = {"ddp": (DDP, {}), "fsdp2": (fsdp2(), SHARDED)}
 both = pytest.mark.parametrize(("trainer", "parallel"), BOTH.values(), ids=BOTH)
 
 
-@both
+@pytest.mark.parametrize(
+    ("trainer", "parallel"), [pytest.param(*BOTH["ddp"], marks=pytest.mark.slow), BOTH["fsdp2"]], ids=BOTH
+)  # a process of each that Lightning starts costs 15 s; test_same_loss.py has both in every run
 def test_fit_trains_saves_the_best_and_evaluates_as_one_process_does(
     trainer: dict[str, Any], parallel: dict[str, bool], single: Jobs, folder: Path
 ) -> None:

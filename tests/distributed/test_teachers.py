@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.distributed.runs import DDP, SHARDED, SINGLE, Jobs, curve, curve_difference, fsdp2, kdqat
+from tests.cli.fork_server import server
+from tests.distributed.runs import DDP, SHARDED, SINGLE, Jobs, curve, curve_difference, fsdp2
 
 CACHED = {
     "class_path": "CachedTeacher",
@@ -32,14 +33,16 @@ def add(jobs: Jobs, name: str, kind: str, trainer: dict[str, Any], **recipe: Any
 @pytest.fixture(scope="module")
 def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDQAT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        cache = str(tmp_path_factory.mktemp("cache"))
+        patch.setenv("KDQAT_CACHE", cache)
         one, two = Jobs(folder, "teachers-one"), Jobs(folder, "teachers-two")
         for kind in MODELS:
             add(one, f"{kind}-single", kind, SINGLE, accumulate=4)
             add(two, f"{kind}-ddp", kind, DDP)
             add(two, f"{kind}-fsdp2", kind, fsdp2(), parallel=SHARDED, evaluate=True)
-        filled = kdqat("cache", folder / "cached-single.yaml")
-        assert filled.returncode == 0, filled.stderr
+        before = "tests.distributed.worker:find_disturb"
+        filled = server().run(folder, "cache", "cached-single.yaml", before=before, KDQAT_CACHE=cache)
+        assert filled.code == 0, filled.err
         one.run(1)
         two.run(2)
     for jobs in (one, two):

@@ -1,9 +1,8 @@
-"""One process of a run, or the only one: calls the command line for a list of jobs, so that they share the imports.
+"""One process of a run, or the only one: calls the command line for a list of jobs, one after another.
 
-    python worker.py JOBS.json RESULTS_PREFIX
-
-RANK, LOCAL_RANK and WORLD_SIZE come from the environment, as torchrun sets them. A job is the argument list of one
-`kdqat` call. Writes RESULTS_PREFIX.rank0.json (and so on): the exit code of every job and the files this rank made.
+It takes JOBS.json and RESULTS_PREFIX where a command has its arguments. RANK, LOCAL_RANK and WORLD_SIZE come from the
+environment, as torchrun sets them. A job is the argument list of one `kdqat` call. Writes RESULTS_PREFIX.rank0.json
+(and so on): the exit code of every job and the files this rank made.
 """
 
 from __future__ import annotations
@@ -43,9 +42,19 @@ def run(arguments: list[str]) -> int | str:
     return 0
 
 
-if __name__ == "__main__":
+def find_disturb() -> None:
+    """Let recipes name the classes of disturb.py."""
+    sys.path.insert(0, str(Path(__file__).parent))
+
+
+def work() -> None:
+    """Run the jobs, in a process that `fork_server.py` forked; stderr goes to RESULTS_PREFIX.rank0.log (and so on)."""
     jobs, prefix = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
     rank = os.environ.get("RANK", "0")
+    log = os.open(f"{prefix}.rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    find_disturb()
     sys.addaudithook(note_writes)
     results: dict[str, Any] = {}
     for name, arguments in jobs.items():
@@ -55,3 +64,4 @@ if __name__ == "__main__":
         restored = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         results[name] = {"code": code, "written": sorted(set(written)), "sigterm_restored": restored}
         Path(f"{prefix}.rank{rank}.json").write_text(json.dumps(results, indent=1))
+    sys.exit(0)

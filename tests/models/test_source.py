@@ -30,6 +30,11 @@ def why(source: ModelSource) -> str:
     return str(error.value)
 
 
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All tensors of a model, those that are in no file too."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_folder_loads_in_the_asked_dtype_in_eval_mode(folder, dtype):
     source = ModelSource(str(folder), dtype)
@@ -38,6 +43,15 @@ def test_a_folder_loads_in_the_asked_dtype_in_eval_mode(folder, dtype):
     expected = toy_model("llama").to(getattr(torch, dtype))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     assert source.load_tokenizer().get_vocab() == toy_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_toy_is_in_every_dtype_what_its_folder_loads_as(folder, dtype):
+    ours, theirs = (state(ModelSource(path, dtype).load_model()) for path in ("toy:llama", str(folder)))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours["model.rotary_emb.inv_freq"].dtype == torch.float32  # rounded frequencies are another model
+    planned = state(ModelSource("toy:llama", dtype).load_meta())
+    assert {name: t.dtype for name, t in planned.items()} == {name: t.dtype for name, t in ours.items()}
 
 
 def test_a_trained_model_loads_from_its_folder_and_knows_its_language():

@@ -50,6 +50,15 @@ def test_it_is_frozen_in_eval_and_shares_no_tensor_with_the_student(pristine):
     assert all(p.requires_grad for p in student.parameters())
 
 
+@pytest.mark.parametrize("pristine", [True, False], ids=["copied", "loaded"])
+def test_a_teacher_of_a_rounded_student_has_weights_that_nobody_rounded(pristine):
+    source = ModelSource("toy:llama", "bfloat16")
+    teacher = FrozenTeacher(dtype="float32")
+    teacher.prepare(source, SplitModel(source.load_model()), toy_tokenizer(), pristine=pristine)
+    expected = dict(SOURCE.load_model().named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in teacher.split.model.named_parameters())
+
+
 def test_its_outputs_have_no_graph_and_can_still_be_saved_for_backward():
     teacher, student = ready()
     outputs = teacher.outputs(BATCH)

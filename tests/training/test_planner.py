@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from kdqat.allocate import Uniform
 from kdqat.data import PackedText
 from kdqat.losses import CrossEntropy, ForwardKL, HiddenStates, WeightedSum
-from kdqat.models import FrozenTeacher, ModelSource
+from kdqat.models import CachedTeacher, FrozenTeacher, ModelSource, SharedTeacher
+from kdqat.models.top_k import as_outputs
 from kdqat.models.toy import toy_model, toy_tokenizer
 from kdqat.training import Parallel
 from kdqat.training.planner import MemoryPlan, plan_memory
@@ -89,17 +90,30 @@ def test_low_bit_state_spares_what_is_small() -> None:
 def test_the_teacher_has_its_own_dtype() -> None:
     own = V * H + LINEARS + VECTORS
     by_dtype = {d: plan(teacher=FrozenTeacher(dtype=d)).parts["teacher"] for d in ("float32", "bfloat16")}  # type: ignore[arg-type]
-    assert by_dtype["float32"] == 2 * by_dtype["bfloat16"]
-    assert 0 <= by_dtype["bfloat16"] - 2 * own < 100  # buffers of RoPE
+    rope = 2 * 8 * 4  # frequencies, in float32 whatever the dtype
+    assert by_dtype == {"float32": 4 * own + rope, "bfloat16": 2 * own + rope}
     assert plan(teacher=None, loss=CrossEntropy()).parts["teacher"] == 0
 
 
-def test_weights_shared_with_the_student_cost_nothing() -> None:
-    class SharedTeacher(FrozenTeacher):
-        """Only its name counts."""
-
-    made = plan(teacher=SharedTeacher())
+def test_weights_shared_with_the_student_cost_nothing_and_only_scales_have_gradients() -> None:
+    made = plan(teacher=SharedTeacher(), trainable="scales")
     assert made.parts["teacher"] == 0 and made.parts["teacher's pass"] > 0
+    assert made.counts["trainable"] == SCALES and made.parts["optimizer state"] == pytest.approx(8 * SCALES, rel=0.05)
+
+
+def test_cached_answers_cost_what_is_read_and_the_head_of_hidden_states() -> None:
+    tokens, k = 2 * 32, 16
+    hidden, top = (plan(teacher=CachedTeacher(kind=kind, k=k)) for kind in ("hidden", "top_k"))
+    assert hidden.parts["teacher"] == 2 * V * H and hidden.moments["loss"]["teacher's pass"] == tokens * 2 * H
+    assert top.parts["teacher"] == 0
+    stored = {"ids": torch.zeros(2, 32, k, dtype=torch.uint16), "log_probs": torch.zeros(2, 32, k).half(),
+              "log_tail": torch.zeros(2, 32)}  # fmt: skip
+    with LiveBytes() as live:
+        answer = as_outputs(stored)
+    sizes = [t.numel() * t.element_size() for t in (answer.ids, answer.log_probs, answer.log_tail)]
+    assert top.moments["loss"]["teacher's pass"] == sum(sizes)
+    read = sum(t.numel() * t.element_size() for t in stored.values())
+    assert live.peak + read == pytest.approx(top.moments["teacher's forward pass"]["teacher's pass"], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +200,12 @@ def test_no_weight_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
     (tmp_path / "model.safetensors").unlink()
     assert plan(**changes).parts == plan().parts
+
+
+def test_planning_draws_no_random_number_of_the_run() -> None:
+    before = torch.get_rng_state()
+    plan(student=ModelSource("toy:gpt2"))  # has dropout
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_gguf_is_planned_from_its_metadata() -> None:

@@ -71,8 +71,9 @@ def loss_cost(
 def bytes_per_logit(terms: list[LogitLoss], own: torch.dtype, teacher: torch.dtype | None) -> tuple[float, float]:
     """(the most that exists at once, all that is made) while the terms and the gradient of their sum are computed
     eagerly, logits included."""
-    student_logits = torch.randn(_SAMPLE).to(own)
-    teacher_logits = torch.empty(0) if teacher is None else torch.randn(_SAMPLE).to(teacher)
+    noise = torch.Generator().manual_seed(0)  # the run's own numbers stay where they are
+    student_logits = torch.randn(_SAMPLE, generator=noise).to(own)
+    teacher_logits = torch.empty(0) if teacher is None else torch.randn(_SAMPLE, generator=noise).to(teacher)
     labels = torch.zeros(_SAMPLE[0], dtype=torch.long)
     given = sum(t.numel() * t.element_size() for t in (student_logits, teacher_logits))
     student_logits.requires_grad_()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdqat.models import ModelSource, SplitModel, Teacher, blocks_of, embedding_refs, layer_refs
+from kdqat.models import FrozenTeacher, SplitModel, blocks_of, embedding_refs, layer_refs
 from kdqat.quant import FakeQuantExperts, FakeQuantizer, MinMax
 from kdqat.student.prepare import install_plan
 from kdqat.training.module import KDQATModule
+from kdqat.training.trainable import freeze_all_but_scales
 from kdqat.types import EMBEDDING
 
 
@@ -42,32 +42,20 @@ def meta_student(module: KDQATModule) -> SplitModel:
         plan = module.allocator.allocate([*layer_refs(split.model), *embedding_refs(split.model)])
     install_plan(split.model, plan, module.quantizer, module.activation_quantizer)
     _looped_experts(split.model)
-    if getattr(module, "trainable", "all") == "scales":
-        own = {id(p) for q in _quantizers(split) for p in q.parameters()}
-        for parameter in split.parameters():
-            parameter.requires_grad_(id(parameter) in own)
+    if module.trainable == "scales":
+        freeze_all_but_scales(split)
     if module.loss is not None and "attentions" in module.loss.wants:
         split.use_eager_attention()
     return split.train()
 
 
-def meta_teacher(module: KDQATModule, teacher: Teacher) -> SplitModel:
+def meta_teacher(module: KDQATModule, teacher: FrozenTeacher) -> SplitModel:
     """A live teacher on the meta device, frozen."""
-    split = SplitModel(_looped_experts(_teacher_source(module, teacher).load_meta()))
+    split = SplitModel(_looped_experts(teacher.own_source(module.source).load_meta()))
     if module.loss is not None and "attentions" in module.loss.wants:
         split.use_eager_attention()
     split.eval().requires_grad_(False)
     return split
-
-
-def _teacher_source(module: KDQATModule, teacher: Teacher) -> ModelSource:
-    """Where a live teacher's weights come from, in its dtype."""
-    path: str | None = getattr(teacher, "path", None)
-    dtype: Any = getattr(teacher, "dtype", "bfloat16")
-    revision = getattr(teacher, "revision", None)
-    own = module.source if path is None else ModelSource(path, revision=revision)
-    code = own.trust_remote_code or getattr(teacher, "trust_remote_code", False)
-    return ModelSource(own.path, "bfloat16" if dtype == "float8" else dtype, own.revision, code)
 
 
 def count(split: SplitModel) -> Counts:

@@ -26,18 +26,19 @@ def print_plan(plan: MemoryPlan, console: Console) -> None:
     counts = plan.counts
     console.print(
         f"{counts['parameters']:,} parameters: {counts['quantized']:,} fake-quantized, {counts['full_precision']:,} in "
-        f"full precision; {counts['trainable']:,} are trained, {counts['scales']:,} of them scales and zero points"
+        f"full precision; {counts['trainable']:,} are trained, {counts['scales']:,} of them scales and zero points",
+        soft_wrap=True,
     )
     for note in plan.notes:
-        console.print(note)
-    console.print(_time(plan))
+        console.print(note, soft_wrap=True)
+    console.print(_time(plan), soft_wrap=True)
     _warn(plan, console)
 
 
 def describe(plan: MemoryPlan, console: Console) -> None:
     """The plan in a line, and a warning where it does not fit."""
     there = "" if plan.available is None else f" of {_size(plan.available)}"
-    console.print(f"memory: about {_size(plan.total)}{there} (peak: {plan.peak}); {_time(plan)}")
+    console.print(f"memory: about {_size(plan.total)}{there} (peak: {plan.peak}); {_time(plan)}", soft_wrap=True)
     _warn(plan, console)
 
 
@@ -48,6 +49,7 @@ def _warn(plan: MemoryPlan, console: Console) -> None:
             f"WARNING: {_size(plan.total - plan.available)} more than there is. Lower data.batch_size or data.seq_len, "
             "set model.parallel.checkpoint_blocks, or take an optimizer with less state (docs/memory.md)",
             style="bold red",
+            soft_wrap=True,
         )
 
 

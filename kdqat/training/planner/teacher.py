@@ -9,7 +9,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from kdqat.models import SplitModel, blocks_of
+from kdqat.models import CachedTeacher, FrozenTeacher, SharedTeacher, SplitModel, blocks_of
+from kdqat.models.top_k import ids_dtype
 from kdqat.training.module import KDQATModule
 from kdqat.training.planner.live import LiveBytes
 from kdqat.training.planner.student import block_bytes, matmul_parameters, meta_teacher, nbytes
@@ -31,26 +32,26 @@ class TeacherCost:
 
 
 def teacher_cost(module: KDQATModule, student: SplitModel, rows: Rows, device: str) -> TeacherCost:
-    """Of the module's teacher for one micro-batch. Teachers are told apart by their class's name and attributes."""
+    """Of the module's teacher for one micro-batch."""
     teacher, wants = module.teacher, module.loss.wants if module.loss is not None else frozenset()
     if teacher is None:
         return TeacherCost()
-    names = {cls.__name__ for cls in type(teacher).__mro__}
-    if "SharedTeacher" in names:
+    if isinstance(teacher, SharedTeacher):
         peak, answer = _forward(student, rows, wants, device)
         inside, head = matmul_parameters(student)
         dtype = next(student.parameters()).dtype
         return TeacherCost(working=peak, answer=answer, inside=inside, head=head, dtype=dtype)
-    if "CachedTeacher" in names:
-        return _cached(module, student, rows)
-    note = "" if "FrozenTeacher" in names else f"{type(teacher).__name__}: counted like a FrozenTeacher"
-    split = meta_teacher(module, teacher)
+    if isinstance(teacher, CachedTeacher):
+        return _cached(module, teacher, rows)
+    live = teacher if isinstance(teacher, FrozenTeacher) else FrozenTeacher()
+    note = "" if live is teacher else f"{type(teacher).__name__}: counted like a FrozenTeacher of the student's source"
+    split = meta_teacher(module, live)
     peak, answer = _forward(split, rows, wants, device)
     blocks = block_bytes(split)
     weights = nbytes(split)
-    if getattr(teacher, "fp8", False) or getattr(teacher, "dtype", None) == "float8":
+    if live.fp8:
         weights -= sum(_linear_elements(block) for block in blocks_of(split.model))  # one byte instead of two
-    if getattr(teacher, "offload", False):
+    if live.offload:
         weights = nbytes(split) - sum(blocks) + 2 * max(blocks)
     inside, head = matmul_parameters(split)
     return TeacherCost(
@@ -59,19 +60,17 @@ def teacher_cost(module: KDQATModule, student: SplitModel, rows: Rows, device: s
     )  # fmt: skip
 
 
-def _cached(module: KDQATModule, student: SplitModel, rows: Rows) -> TeacherCost:
-    """A cache answers k logits a token, or the hidden states for a head that is there."""
-    teacher = module.teacher
+def _cached(module: KDQATModule, teacher: CachedTeacher, rows: Rows) -> TeacherCost:
+    """A cache answers k tokens with their log-probabilities, or the hidden states for a head that is there."""
     tokens = rows.batch_size * rows.seq_len
-    if getattr(teacher, "kind", "top_k") == "top_k":
-        answer = tokens * (getattr(teacher, "k", 64) * (4 + 4) + 4)  # ids, log-probabilities, the tail
-        return TeacherCost(working=answer, answer=answer, dtype=torch.float32)
-    live = getattr(teacher, "teacher", None) or teacher
-    dtype = getattr(torch, getattr(live, "dtype", "bfloat16"), torch.bfloat16)
-    head = student.model.get_output_embeddings().weight  # type: ignore[operator]
-    size = torch.empty((), dtype=dtype, device="meta").element_size()
-    answer = tokens * head.shape[1] * size
-    return TeacherCost(weights=head.numel() * size, working=answer, answer=answer, head=head.numel(), dtype=dtype)
+    head = meta_teacher(module, teacher.teacher).model.get_output_embeddings().weight  # type: ignore[operator]
+    if teacher.kind == "top_k":
+        stored = tokens * (teacher.k * (ids_dtype(len(head)).itemsize + torch.float16.itemsize) + 4)
+        answer = tokens * (teacher.k * (torch.int64.itemsize + 4) + 4)  # ids, log-probabilities, the tail
+        return TeacherCost(working=stored + answer + 4 * tokens * teacher.k, answer=answer, dtype=torch.float32)
+    answer = tokens * head.shape[1] * head.itemsize
+    size = head.numel() * head.itemsize
+    return TeacherCost(weights=size, working=answer, answer=answer, head=head.numel(), dtype=head.dtype)
 
 
 def _forward(split: SplitModel, rows: Rows, wants: frozenset[str], device: str) -> tuple[int, int]:
