@@ -6,7 +6,8 @@ quantization and beside torchao's QAT with a plain KL, all in one process.
 A setting is WHAT[,key=value ...]. WHAT: lsq, minmax, seq (quantizers), none (no fake quantization), torchao.
 Keys: scheme (W4A16_G128), compile, checkpoint (0, 1, selective), teacher (live, compiled, fp8, offload, shared, hidden,
 topk: the last two answer from memory what a cache would read), opt (adamw, adam8), chunk, shape (1b, 7b, smollm2,
-tiny), batch, seq, steps, profile. Models have random weights; rows are random tokens. Each setting runs
+tiny), batch, seq, steps, profile, devices (FSDP2; one such setting a call: the script is started once a device, and
+batch is each one's). Models have random weights; rows are random tokens. Each setting runs
 KDQATModule under a Trainer, but for torchao, which has no such loop: there it is the plain one.
 Rows append to OUT_DIR/step_time.jsonl.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import sys
 import traceback
@@ -22,9 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
+from step_clock import Clock
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdqat import api
@@ -65,7 +68,7 @@ def main(out_dir: str, *settings: str) -> None:
         torch._dynamo.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if row is None:
+        if row is None or os.environ.get("LOCAL_RANK", "0") != "0":
             continue
         rows[setting] = row
         with (out / "step_time.jsonl").open("a") as file:
@@ -82,12 +85,17 @@ def llama(shape: str) -> LlamaForCausalLM:
         attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(0)
-    with torch.device(device()):
+    with own_device():
         return LlamaForCausalLM(config)
 
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def own_device() -> torch.device:
+    """This process's own."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device() == "cuda" else torch.device("cpu")
 
 
 class Rows:
@@ -103,59 +111,6 @@ class Rows:
 
     def __iter__(self) -> Any:
         return iter([self.batch] * self.num)
-
-
-class Clock(L.Callback):
-    """Time between the beginnings of steps, by CUDA events (CPU: by the clock)."""
-
-    def __init__(self, profile: Path | None) -> None:
-        self.events: list[Any] = []
-        self.profile, self.profiler = profile, None
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        import time
-
-        if device() == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.events.append(event)
-        else:
-            self.events.append(time.perf_counter())
-        if self.profile and trainer.global_step == 9:
-            self.profiler = torch.profiler.profile()
-            self.profiler.__enter__()
-        if self.profiler and trainer.global_step == 11:
-            torch.cuda.synchronize()
-            self.profiler.__exit__(None, None, None)
-            table = self.profiler.key_averages()
-            text = table.table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
-            assert self.profile is not None
-            self.profile.write_text(f"{idle(self.profiler)}\n{text}")
-            self.profiler = None
-
-    def milliseconds(self, warmup: int = 5) -> list[float]:
-        if device() == "cuda":
-            torch.cuda.synchronize()
-            steps = [a.elapsed_time(b) for a, b in zip(self.events, self.events[1:], strict=False)]
-        else:
-            steps = [1000 * (b - a) for a, b in zip(self.events, self.events[1:], strict=False)]
-        return steps[min(warmup, len(steps) // 2) :]
-
-
-def idle(profiler: Any) -> str:
-    """Where the device waited for the CPU: its longest gaps, and what it did before and after."""
-    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA and "#" not in e.name]
-    kernels.sort(key=lambda e: e.time_range.start)
-    gaps, end, last = [], kernels[0].time_range.end, kernels[0].name
-    for event in kernels[1:]:
-        if event.time_range.start > end:
-            gaps.append((event.time_range.start - end, last, event.name))
-        if event.time_range.end > end:
-            end, last = event.time_range.end, event.name
-    lines = [f"{gap:8.0f} us between {a[:60]} and {b[:60]}" for gap, a, b in sorted(gaps, reverse=True)[:12]]
-    total = sum(gap for gap, _, _ in gaps) / 1000
-    span = (end - kernels[0].time_range.start) / 1000
-    return "\n".join([f"two steps: {span:.1f} ms, of which idle {total:.1f} ms in {len(gaps)} gaps", *lines])
 
 
 class Remembered(FrozenTeacher):
@@ -196,11 +151,11 @@ def make_teacher(kind: str) -> Teacher | None:
 
 def measure(what: str, args: dict[str, str], out: Path) -> dict[str, Any]:
     """One setting through KDQATModule and a Trainer."""
-    shape = args.get("shape", "1b")
+    shape, ranks = args.get("shape", "1b"), int(args.get("devices", 1))
     split, source = SplitModel(llama(shape)), ModelSource("random")
     teacher = make_teacher(args.get("teacher", "live"))
     if teacher is not None and args.get("teacher") != "shared":
-        with torch.device(device()):
+        with own_device():
             teacher.prepare(source, split, None, pristine=True)
     plan = Uniform(args.get("scheme", "W4A16_G128"))
     student = prepare_student(source, plan, QUANTIZERS[what], RTN(), split=split, tokenizer=object())
@@ -216,16 +171,23 @@ def measure(what: str, args: dict[str, str], out: Path) -> dict[str, Any]:
     loss = ForwardKL(**({"chunk_tokens": int(args["chunk"])} if "chunk" in args else {}))
     module = KDQATModule.from_student(
         student, plan=plan, quantizer=QUANTIZERS[what], loss=loss, optimizer=optimizer, teacher=teacher,
-        parallel=Parallel(compile_blocks=args.get("compile") == "1", checkpoint_blocks=checkpoint),
+        parallel=Parallel(compile_blocks=args.get("compile") == "1", checkpoint_blocks=checkpoint, shard=ranks > 1),
         **({"trainable": "scales"} if args.get("trainable") == "scales" else {}),
     )  # fmt: skip
     clock = Clock(out / f"profile-{what}.txt" if args.get("profile") == "1" else None)
     rows = Rows(args, SHAPES[shape][5])
-    trainer_args = {"max_steps": len(rows), "accelerator": "auto", "devices": 1, "precision": "bf16-mixed",
-                    "enable_progress_bar": False, "log_every_n_steps": 10}  # fmt: skip
+    strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1) if ranks > 1 else None
+    trainer_args = {"max_steps": len(rows), "accelerator": "auto", "devices": ranks, "precision": "bf16-mixed",
+                    "enable_progress_bar": False, "log_every_n_steps": 10, "strategy": strategy}  # fmt: skip
     trainer = api.make_trainer(trainer_args, None, [clock])
+    watched = [] if ranks > 1 or "trainable" in args else list(split.parameters())
+    before = [parameter.detach().flatten()[:1000].clone() for parameter in watched]
     reset_peak()
     trainer.fit(module, rows)
+    after = [parameter.detach().flatten()[:1000] for parameter in watched]
+    still = sum(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    if still:  # a step that loses gradients is fast
+        raise RuntimeError(f"{still} of {len(watched)} parameters did not move")
     return row_of(clock.milliseconds(), args)
 
 
@@ -285,7 +247,8 @@ def row_of(milliseconds: list[float], args: dict[str, str]) -> dict[str, Any]:
     )
     ms = statistics.median(milliseconds)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return {"ms": ms, "spread_ms": max(milliseconds) - min(milliseconds), "tokens_per_s": batch * seq / ms * 1000,
+    tokens = int(args.get("devices", 1)) * batch * seq
+    return {"ms": ms, "spread_ms": max(milliseconds) - min(milliseconds), "tokens_per_s": tokens / ms * 1000,
             "mfu": per_token * batch * seq / (ms / 1000) / PEAK, "peak_gib": peak}  # fmt: skip
 
 
