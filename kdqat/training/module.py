@@ -202,6 +202,9 @@ class KDQATModule(L.LightningModule):
             self.zero_grad(set_to_none=True)
 
     def teardown(self, stage: str) -> None:
+        if self._configured and self.split is not None and not self.parallel.shard:
+            self.parallel.undo(self.split)
+            self._configured = False
         for parameter in self._frozen:  # the student goes on as it came
             parameter.requires_grad_(True)
         self._frozen = []

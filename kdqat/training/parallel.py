@@ -88,6 +88,16 @@ class Parallel:
         shard(student)
         return shard
 
+    def undo(self, student: SplitModel) -> None:
+        """Leave the blocks as they came, but for sharding: what comes after training has other shapes and dtypes, and
+        would be compiled anew for a few batches."""
+        if self.checkpoint_blocks is True:
+            student.model.gradient_checkpointing_disable()  # type: ignore[operator]
+        for block in blocks_of(student.model):
+            block._compiled_call_impl = None
+            if self.checkpoint_blocks == "selective":
+                block.__dict__.pop("forward", None)
+
 
 def _keep_matmuls(block: nn.Module) -> None:
     """Checkpoint the block's forward by `_policy`, in the instance: transformers may checkpoint the call around it,

@@ -201,8 +201,6 @@ def train_one(
     started = time.monotonic()
     trainer.fit(module, datamodule=data, weights_only=True)
     seconds = time.monotonic() - started
-    for part in split.modules():
-        part._compiled_call_impl = None  # evaluation is fp32 in other shapes: not worth compiling once more
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
     numbers = api.evaluate(student, judges, judge, device=device)
     tokens = steps * int(args.get("batch", 16)) * int(args.get("accumulate", 1)) * 1024

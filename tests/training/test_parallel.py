@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from kdqat.models import blocks_of
 from kdqat.training import KDQATModule, Parallel
 from tests.training.toy import batch, make_module, train
 
@@ -24,13 +25,23 @@ def largest_difference(one: KDQATModule, other: KDQATModule) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs if torch.is_floating_point(a))
 
 
-@pytest.mark.parametrize("kept", [True, "selective"])
-def test_checkpointed_blocks_give_the_same_bits(kept) -> None:
-    plain, checkpointed = trained(Parallel()), trained(Parallel(checkpoint_blocks=kept))
-    assert checkpointed.split is not None and (
-        kept == "selective" or checkpointed.split.model.is_gradient_checkpointing
-    )
+@pytest.mark.parametrize(("kept", "times"), [(False, 1), (True, 2), ("selective", 2)])
+def test_checkpointed_blocks_run_again_give_the_same_bits_and_are_left_as_they_came(kept, times) -> None:
+    plain, checkpointed = trained(Parallel()), make_module(parallel=Parallel(checkpoint_blocks=kept), optimizer=SGD)
+    block, calls = blocks_of(checkpointed.build().model)[0], []
+    block.mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
+    train(checkpointed, [batch(2, seed=i) for i in range(4)])
+    assert len(calls) == 4 * times
     assert largest_difference(plain, checkpointed) == 0
+    assert "forward" not in block.__dict__ and not block.gradient_checkpointing
+
+
+def test_a_module_is_trained_twice_with_the_same_settings() -> None:
+    twice, once = (make_module(parallel=Parallel(checkpoint_blocks="selective"), optimizer=SGD) for _ in range(2))
+    for i in range(2):
+        train(twice, [batch(2, seed=i)])
+    train(once, [batch(2, seed=i) for i in range(2)])
+    assert largest_difference(once, twice) == 0
 
 
 @pytest.mark.slow
