@@ -52,7 +52,7 @@ def fake_quantize_lean(quantizer: FakeQuantizer, tensor: Tensor, dtype: torch.dt
             return quantizer.composed(tensor, dtype)
         again = checkpoint(quantizer.composed, tensor, dtype, use_reentrant=False, preserve_rng_state=False)
         return again
-    if quantizer.live_range:
+    if quantizer.finds_range:
         return _FakeQuantize.apply(tensor, None, None, quantizer, dtype)
     scale, zero_point = quantizer.qparams(quantizer.groups(tensor))
     return _FakeQuantize.apply(tensor, scale, zero_point, quantizer, dtype)

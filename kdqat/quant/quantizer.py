@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import ClassVar, TypeAlias, get_args
+from typing import Any, ClassVar, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class FakeQuantizer(nn.Module, ABC):
         self.spec = spec
         self.shape = torch.Size(shape)
         self.ste: STE = ste
+        owner: Any = next(cls for cls in type(self).__mro__ if "live_range" in vars(cls))
+        self.finds_range = owner.live_range and type(self).qparams is owner.qparams  # a subclass may have another range
         self.own_arithmetic = type(self).fake_quantize is not FakeQuantizer.fake_quantize
         qparam_shape = spec.qparam_shape(shape)
         self.register_buffer("scale", torch.ones(qparam_shape))

@@ -155,3 +155,31 @@ def test_a_bit_schedule_recompiles_nothing():
         quantizer.set_bits(bits)
         levels.append(compiled(weight)[0, :128].unique().numel())
     assert counter.frame_count == 1 and levels[3] > levels[0] > levels[1] > levels[2]
+
+
+@pytest.mark.parametrize("what", ["weight", "scale", "zero point"])
+def test_what_is_not_a_number_stays_none(what, device):
+    spec = preset("W4A16_ASYM_G32").weight
+    assert spec is not None
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(5)).to(device)
+    quantizer = started(partial(LSQ, learn_zero_point=True), spec, weight)
+    with torch.no_grad():
+        {"weight": weight, "scale": quantizer.scale, "zero point": quantizer.zero_point}[what][1, 0] = torch.nan
+    assert way_of(quantizer, device) == "fused"
+    values, expected = quantizer(weight), quantizer.composed(weight, weight.dtype)
+    assert expected[1].isnan().any() and torch.equal(values.isnan(), expected.isnan())
+
+
+def test_a_tensor_without_values_launches_nothing(device, monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from kdqat.quant.kernels import ops
+
+    spec = preset("W4A16_G32").weight
+    assert spec is not None
+    monkeypatch.setattr(ops, "_launch", None)
+    monkeypatch.setattr(ops, "fake_quantize_op", lambda x, *_: torch.empty_like(x, dtype=_[-1]))
+    quantizer = MinMax(spec, torch.Size((8, 64))).to(device)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        values = quantizer(torch.empty(8, 64, device=device), torch.bfloat16)
+    assert values.shape == (8, 64) and values.dtype == torch.bfloat16

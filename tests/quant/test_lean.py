@@ -119,3 +119,21 @@ def test_the_way_taken_is_named():
 def test_the_log_counts_the_ways():
     model = nn.Sequential(*[FakeQuantLinear.wrap(nn.Linear(64, 8), preset("W4A8"), LSQ) for _ in range(2)])
     assert describe_ways(model, torch.device("cpu")) == "fake quantization: 4 by pure torch"
+
+
+def test_a_subclass_with_a_range_of_its_own_is_asked_for_it_and_learns():
+    class Shrunk(MinMax):
+        def __init__(self, spec, shape):
+            super().__init__(spec, shape, ste="clipped")
+            self.share = nn.Parameter(torch.tensor([0.5]))
+
+        def qparams(self, groups):
+            wanted = super().qparams(groups)
+            return wanted._replace(scale=wanted.scale * self.share)
+
+    spec, weight = preset("W4A16_G32").weight, torch.randn(4, 64)
+    quantizer = Shrunk(spec, weight.shape)
+    values = quantizer(weight)
+    assert not quantizer.finds_range and not torch.equal(values, MinMax(spec, weight.shape)(weight))
+    values.square().sum().backward()
+    assert quantizer.share.grad.abs() > 0

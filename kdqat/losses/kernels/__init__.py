@@ -56,14 +56,15 @@ def value_and_grad(
     """As `projected.value_and_grad`; the gradient lies where the logits were."""
     from kdqat.losses.kernels.triton_kernels import kl_nll_kernel  # triton takes a second to import
 
-    out = torch.zeros(len(logits), 3, device=logits.device)
+    out = torch.zeros(len(logits), 3, dtype=torch.float32, device=logits.device)
     temperature, factor = factors.temperature, 0.0 if scale is None else scale
-    kl_nll_kernel[(len(logits),)](
-        logits, logits if teacher is None else teacher, labels, out, logits.stride(0),
-        0 if teacher is None else teacher.stride(0), 1 / temperature, factor * factors.tempered / temperature,
-        factor * factors.kl, factor * factors.nll, TEACHER=teacher is not None, TEMPERED=temperature != 1.0,
-        GRADIENT=scale is not None, VOCABULARY=logits.shape[1], BLOCK=_BLOCK, num_warps=_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):  # Triton launches on the current device, whatever holds the tensor
+        kl_nll_kernel[(len(logits),)](
+            logits, logits if teacher is None else teacher, labels, out, logits.stride(0),
+            0 if teacher is None else teacher.stride(0), 1 / temperature, factor * factors.tempered / temperature,
+            factor * factors.kl, factor * factors.nll, TEACHER=teacher is not None, TEMPERED=temperature != 1.0,
+            GRADIENT=scale is not None, VOCABULARY=logits.shape[1], BLOCK=_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
     sums = dict(zip(("tempered", "kl", "nll"), out.sum(0), strict=True))
     values = [sums[_column(form)] * form.temperature**2 for form in terms.closed if form is not None]
     return values, None if scale is None else logits

@@ -25,7 +25,7 @@ def kl_nll_kernel(
     teacher_ptr += row * teacher_stride
     lane = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], dtype=tl.float32)
-    top_s, top_t = float("-inf"), float("-inf")
+    top_s, top_t = -3.4028234663852886e38, -3.4028234663852886e38  # finite: a block may hold forbidden tokens only
     sum_s, sum_t, mean, cold_s, cold_t, cold_mean = zero, zero, zero, zero, zero, zero
     for start in range(0, VOCABULARY, BLOCK):
         inside = start + lane < VOCABULARY
@@ -52,7 +52,9 @@ def kl_nll_kernel(
     total_s = tl.sum(sum_s, axis=0)
     log_s = top_s + tl.log(total_s)
     label = tl.load(labels_ptr + row)
-    tl.store(out_ptr + row * 3 + 2, log_s - tl.load(student_ptr + label).to(tl.float32))
+    known = (label >= 0) & (label < VOCABULARY)
+    chosen = tl.load(student_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+    tl.store(out_ptr + row * 3 + 2, log_s - chosen)
     log_t, cold_log_s, cold_log_t = 0.0, 0.0, 0.0
     if TEACHER:
         total_t = tl.sum(sum_t, axis=0)

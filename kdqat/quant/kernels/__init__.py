@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kdqat.quant.functional import STE
 from kdqat.types import QParams
@@ -58,7 +59,7 @@ def kernel_for(quantizer: FakeQuantizer) -> Kernel | None:
     last = (_STORED.get(spec.scale_dtype, _ROUNDED), int(spec.zero_point == "half"))
     rule = _RULES.get(spec.scale_rule, 0) if spec.symmetric else 5
     exact = spec.scale_dtype in _STORED or (spec.scale_dtype == "e8m0" and rule == _RULES["mx"])
-    finds = quantizer.live_range and rule and exact and not per_tensor
+    finds = quantizer.finds_range and rule and exact and not per_tensor
     live = (*first, rule, *last) if finds else None
     return Kernel((*first, 0, *last), live, _STES[quantizer.ste], spec.scale_dtype in _STORED)
 
@@ -70,9 +71,11 @@ def fits(quantizer: FakeQuantizer, device: torch.device) -> bool:
 
 def fake_quantize(x: Tensor, stored: QParams | None, quantizer: FakeQuantizer, dtype: torch.dtype) -> Tensor:
     """Fake-quantized x [.., I] in `dtype`, under `stored` qparams, or under the range of x where there are none."""
-    ops = _ops()
-    function = ops.fake_quantize_op if torch.compiler.is_compiling() else ops.fake_quantize
-    return function(x, *_tensors(stored, quantizer), _constants(quantizer, stored), dtype)
+    ops, arguments = _ops(), (x, *_tensors(stored, quantizer), _constants(quantizer, stored), dtype)
+    if _as_operators(x):
+        return ops.fake_quantize_op(*arguments)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever holds the tensor
+        return ops.fake_quantize(*arguments)
 
 
 def fake_quantize_backward(
@@ -81,16 +84,23 @@ def fake_quantize_backward(
     """Gradients of x, and, if the quantizer `learns`, of scale and zero point, in the scale's shape but [groups] of a
     tensor's scale (None: no gradient)."""
     assert quantizer.kernel is not None
-    ops = _ops()
-    function = ops.backward_op if torch.compiler.is_compiling() else ops.fake_quantize_backward
-    of_x, of_scale, of_zero = function(
-        grad, x, *_tensors(stored, quantizer), _constants(quantizer, stored), quantizer.kernel.ste, learns
-    )
+    ops, constants = _ops(), _constants(quantizer, stored)
+    arguments = (grad, x, *_tensors(stored, quantizer), constants, quantizer.kernel.ste, learns)
+    if _as_operators(x):
+        of_x, of_scale, of_zero = ops.backward_op(*arguments)
+    else:
+        with torch.cuda.device_of(x):
+            of_x, of_scale, of_zero = ops.fake_quantize_backward(*arguments)
     if stored is None or not learns:
         return of_x, None, None
     shape = stored.scale.shape if stored.scale.numel() == of_scale.numel() else of_scale.shape
     has_zero = not quantizer.spec.symmetric and quantizer.spec.zero_point in ("integer", "minimum")
     return of_x, of_scale.reshape(shape), of_zero.reshape(shape) if has_zero else None
+
+
+def _as_operators(x: Tensor) -> bool:
+    """Whether there is nothing to launch on: under the compiler, and for tensors without values (the planner's)."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def _ops() -> Any:

@@ -47,7 +47,9 @@ def _backward(kernel: Any, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor,
     *tensors, constants, ste, learns = rest
     grad, x = grad.contiguous(), x.contiguous()
     of_x = torch.empty_like(x)
-    of_scale, of_zero = (torch.empty(x.numel() // constants[0] if learns else 0, device=x.device) for _ in range(2))
+    of_scale, of_zero = (
+        torch.empty(x.numel() // constants[0] if learns else 0, dtype=torch.float32, device=x.device) for _ in range(2)
+    )
     _launch(kernel, BACKWARD_TILE, [grad, x, of_x, of_scale, of_zero, *tensors], constants, STE=ste, LEARNS=learns)
     return of_x, of_scale, of_zero
 

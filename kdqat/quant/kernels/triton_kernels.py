@@ -21,6 +21,13 @@ def _round(x):
 
 
 @triton.jit
+def _clamp(x, low, high):
+    """torch.clamp: what is not a number stays none."""
+    up = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(up, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _binade(x):
     return ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
 
@@ -57,9 +64,9 @@ def _nearest(x, mantissa_ptr, exponent_ptr, levels_ptr, KIND: tl.constexpr, HALF
 def _in_dtype(x, STORED: tl.constexpr):
     """Rounded to fp16 or bf16, an infinite number to the largest."""
     if STORED == 1:
-        return tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
+        return _clamp(x, -65504.0, 65504.0).to(tl.float16).to(tl.float32)
     elif STORED == 2:
-        return tl.minimum(tl.maximum(x, -3.3895313892515355e38), 3.3895313892515355e38).to(tl.bfloat16).to(tl.float32)
+        return _clamp(x, -3.3895313892515355e38, 3.3895313892515355e38).to(tl.bfloat16).to(tl.float32)
     else:
         return x
 
@@ -69,7 +76,7 @@ def _as_stored(scale, zero, ZERO: tl.constexpr, STORED: tl.constexpr):
     """`FakeQuantizer.as_stored`: away from zero, then in the stored dtype."""
     if STORED != 3:
         floor = 5.960464477539063e-08  # scales.SCALE_FLOOR
-        scale = _in_dtype(tl.where(scale < 0, tl.minimum(scale, -floor), tl.maximum(scale, floor)), STORED)
+        scale = _in_dtype(tl.where(scale < 0, _clamp(scale, scale, -floor), _clamp(scale, floor, float("inf"))), STORED)
         if ZERO == 2:
             zero = _in_dtype(zero, STORED)
     return scale, zero
@@ -128,19 +135,19 @@ def fake_quantize_kernel(
         scale = tl.load(scale_ptr + at, mask=group < num_groups, other=1.0)
         zero = tl.load(zero_ptr + at, mask=group < num_groups, other=0.0)
         if ZERO == 1:
-            zero = _round(tl.minimum(tl.maximum(zero, low), high))
+            zero = _round(_clamp(zero, low, high))
     else:
         scale, zero = _live_range(x, inside, low, high, RULE, ZERO, TINY)
     scale, zero = _as_stored(scale, zero, ZERO, STORED)
     wide = scale + tl.zeros_like(x)  # div_rn takes equal shapes
     if ZERO == 2:
-        level = tl.minimum(tl.maximum(tl.div_rn(x - zero, wide), low), high)
+        level = _clamp(tl.div_rn(x - zero, wide), low, high)
         product = scale * _nearest(level, mantissa_ptr, exponent_ptr, levels_ptr, KIND, HALF, LEVELS)
         y = tl.where(inside, product, 0.0) + zero  # a choice in between: the compiler would fuse them otherwise
     else:
         if ZERO == 1:
             low, high = low - zero, high - zero
-        level = tl.minimum(tl.maximum(tl.div_rn(x, wide), low), high)
+        level = _clamp(tl.div_rn(x, wide), low, high)
         y = scale * _nearest(level, mantissa_ptr, exponent_ptr, levels_ptr, KIND, HALF, LEVELS)
     tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -162,7 +169,7 @@ def backward_kernel(
         scale = tl.load(scale_ptr + at, mask=group < num_groups, other=1.0)
         zero = tl.load(zero_ptr + at, mask=group < num_groups, other=0.0)
         if ZERO == 1:
-            zero = _round(tl.minimum(tl.maximum(zero, low), high))
+            zero = _round(_clamp(zero, low, high))
     else:
         scale, zero = _live_range(x, inside, low, high, RULE, ZERO, TINY)
     scale, zero = _as_stored(scale, zero, ZERO, STORED)
@@ -170,7 +177,7 @@ def backward_kernel(
     steps = tl.div_rn(x - zero, wide) if ZERO == 2 else tl.div_rn(x, wide)
     if ZERO == 1:
         low, high = low - zero, high - zero
-    clipped = tl.minimum(tl.maximum(steps, low), high)
+    clipped = _clamp(steps, low, high)
     level = _nearest(clipped, mantissa_ptr, exponent_ptr, levels_ptr, KIND, HALF, LEVELS)
     through, of_bounds = grad, tl.zeros_like(grad)
     if STE == 1:
