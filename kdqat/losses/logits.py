@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -109,8 +110,14 @@ def terms_of(losses: Mapping[str, LogitLoss], weights: Sequence[float], with_tea
     if any(loss.is_kl for loss in losses.values()):
         monitors.pop("kl", None)
     watched = [ClosedForm("kl") if function is _kl else None for function in monitors.values()]
-    closed = (*(loss.closed_form for loss in losses.values()), *watched)
+    closed = (*(closed_form_of(loss) for loss in losses.values()), *watched)
     return Terms({name: loss.token_loss for name, loss in losses.items()}, tuple(weights), monitors, closed)
+
+
+def closed_form_of(loss: LogitLoss) -> ClosedForm | None:
+    """The loss's closed form, unless a subclass has another `token_loss` than the class that names it."""
+    owner: Any = next(cls for cls in type(loss).__mro__ if "closed_form" in vars(cls))
+    return loss.closed_form if type(loss).token_loss is owner.token_loss else None
 
 
 def check_temperature(temperature: float) -> None:

@@ -57,16 +57,17 @@ class SharedTeacher(Teacher):
         assert self.split is not None, "prepare() comes first"
         with _as_teacher(self.split):
             answer = self.split(batch, wants)
-        projection = None if answer.projection is None else _taught(self.split, answer.projection)
-        return answer._replace(head=_taught(self.split, answer.head), projection=projection)
+        return answer._replace(head=_taught(self.split, batch.input_ids.device.type), projection=None)
 
 
-def _taught(split: SplitModel, call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call` as the teacher makes it: a loss calls the two heads in turn, and again in its backward pass."""
+def _taught(split: SplitModel, device: str) -> Callable[[Tensor], Tensor]:
+    """The head as the teacher calls it: under the autocast that holds now, which a loss switches off around it."""
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
-    def taught(*hidden: Tensor) -> Any:
-        with _as_teacher(split):
-            return call(*hidden)
+    def taught(hidden: Tensor) -> Tensor:
+        # no cache: a weight cast here, without a graph, would reach the student's head
+        with _as_teacher(split), torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
+            return split.head(hidden)
 
     return taught
 

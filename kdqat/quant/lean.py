@@ -50,11 +50,10 @@ def fake_quantize_lean(quantizer: FakeQuantizer, tensor: Tensor, dtype: torch.dt
     if quantizer.own_arithmetic:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler recomputes by itself
             return quantizer.composed(tensor, dtype)
-        again = checkpoint(quantizer.composed, tensor, dtype, use_reentrant=False, preserve_rng_state=False)
-        return again
+        return checkpoint(quantizer.composed, tensor, dtype, use_reentrant=False, preserve_rng_state=False)
     if quantizer.finds_range:
         return _FakeQuantize.apply(tensor, None, None, quantizer, dtype)
-    scale, zero_point = quantizer.qparams(quantizer.groups(tensor))
+    scale, zero_point = quantizer.qparams(tensor if quantizer.skips_groups else quantizer.groups(tensor))
     return _FakeQuantize.apply(tensor, scale, zero_point, quantizer, dtype)
 
 

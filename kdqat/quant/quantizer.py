@@ -54,6 +54,7 @@ class FakeQuantizer(nn.Module, ABC):
     levels: Tensor | None
 
     uses_stored_qparams: ClassVar[bool] = True  # False: ranges come from the live tensor, an initializer's are void
+    reads_tensor: ClassVar[bool] = True  # False: `qparams` never looks at the groups, so that none are made for it
     live_range: ClassVar[bool] = False  # True: `qparams` is the spec's rule on the live tensor and nothing else
 
     def __init__(self, spec: QuantSpec, shape: torch.Size, ste: STE = "clipped") -> None:
@@ -65,8 +66,8 @@ class FakeQuantizer(nn.Module, ABC):
         self.spec = spec
         self.shape = torch.Size(shape)
         self.ste: STE = ste
-        owner: Any = next(cls for cls in type(self).__mro__ if "live_range" in vars(cls))
-        self.finds_range = owner.live_range and type(self).qparams is owner.qparams  # a subclass may have another range
+        self.finds_range = self._declares("live_range", True)
+        self.skips_groups = self._declares("reads_tensor", False)
         self.own_arithmetic = type(self).fake_quantize is not FakeQuantizer.fake_quantize
         qparam_shape = spec.qparam_shape(shape)
         self.register_buffer("scale", torch.ones(qparam_shape))
@@ -82,6 +83,11 @@ class FakeQuantizer(nn.Module, ABC):
         self.kernel = kernel_for(self)
         for name, second_shape in second.items():
             self.register_buffer(name, torch.zeros(second_shape) if name == "scale_mean" else torch.ones(second_shape))
+
+    def _declares(self, flag: str, value: bool) -> bool:
+        """Whether `flag` has this value and speaks of this very `qparams`: a subclass may have written another."""
+        owner: Any = next(cls for cls in type(self).__mro__ if flag in vars(cls))
+        return getattr(owner, flag) is value and type(self).qparams is owner.qparams
 
     @abstractmethod
     def qparams(self, groups: Tensor) -> QParams:

@@ -30,7 +30,7 @@ from kdqat.training.optim import gradients, scale_learning_rate, scheduled
 from kdqat.training.optimizer import make_optimizer, require_trainable
 from kdqat.training.parallel import Parallel
 from kdqat.training.side_stream import SideStream
-from kdqat.training.step import StepSums, summed_over_ranks
+from kdqat.training.step import HANDY_DIVISOR, StepSums, summed_over_ranks
 from kdqat.training.trainable import Trainable, freeze_all_but_scales, require_weights_at_rest
 from kdqat.types import Batch
 
@@ -97,7 +97,7 @@ class KDQATModule(L.LightningModule):
         self._step = StepSums()
         self._to_log: dict[str, Tensor] = {}
         self._side: SideStream | None = None  # the teacher's, where it has one of its own
-        self._divisor: Tensor | int = 0
+        self._divisor: Tensor | float = HANDY_DIVISOR
 
     @classmethod
     def from_student(cls, student: Student, **kwargs: Any) -> Self:
@@ -205,6 +205,7 @@ class KDQATModule(L.LightningModule):
         if self._configured and self.split is not None and not self.parallel.shard:
             self.parallel.undo(self.split)
             self._configured = False
+        self._side = None
         for parameter in self._frozen:  # the student goes on as it came
             parameter.requires_grad_(True)
         self._frozen = []
@@ -221,10 +222,10 @@ class KDQATModule(L.LightningModule):
         self._step.add(parts, batch)
         if self.trainer.accumulate_grad_batches == 1:
             # this is the whole step of this rank, so that its count is known before the backward pass
-            world_size = self.trainer.world_size
-            self._divisor = summed_over_ranks(parts.num, world_size).clamp(min=1) / world_size
+            num = summed_over_ranks(parts.num, self.trainer.world_size)
+            self._divisor = num.clamp(min=1) / self.trainer.world_size
         else:
-            self._divisor = self._divisor or batch.input_ids.numel()  # a handy size; `on_after_backward` is exact
+            self._divisor = HANDY_DIVISOR  # `on_after_backward` is exact
         return parts.sum / self._divisor
 
     def on_after_backward(self) -> None:

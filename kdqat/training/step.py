@@ -7,6 +7,10 @@ from torch import Tensor
 
 from kdqat.types import Batch, LossParts
 
+# Divides sums over tokens while micro-batches add up, alike on all ranks: gradients keep a handy size until, at the end
+# of the step, they are divided exactly.
+HANDY_DIVISOR = 4096.0
+
 
 class StepSums:
     """Everything summed since the weights last changed.

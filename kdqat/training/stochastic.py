@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_BUCKET = 1 << 24  # numbers whose fp32 copies exist at a time on a GPU: 64 MB each; a CPU takes one by one
+BUCKET = 1 << 24  # numbers whose fp32 copies exist at a time on a GPU: 64 MB each; a CPU takes one by one
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -149,7 +149,7 @@ def _on_gpu(parameter: Tensor) -> bool:
 
 
 def _buckets(numbered: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Parameters of one dtype and device together, at most _BUCKET numbers (or a single parameter) at a time."""
+    """Parameters of one dtype and device together, at most BUCKET numbers (or a single parameter) at a time."""
     kinds: dict[Any, list[tuple[int, Tensor]]] = {}
     for index, p in numbered:
         kinds.setdefault((p.dtype, p.device), []).append((index, p))
@@ -158,7 +158,7 @@ def _buckets(numbered: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Ten
         size = 0
         for index, p in same:
             length = _local(p).numel()
-            if bucket and (not _on_gpu(p) or size + length > _BUCKET):
+            if bucket and (not _on_gpu(p) or size + length > BUCKET):
                 yield bucket
                 bucket, size = [], 0
             bucket.append((index, p))

@@ -111,3 +111,14 @@ def test_16_bit_logits_get_a_16_bit_gradient(dtype):
     )
     torch.testing.assert_close(sums, exact, rtol=1e-4, atol=1e-4)
     assert (gradient - exact_gradient).norm() <= 0.004 * exact_gradient.norm()
+
+
+def test_a_subclass_with_another_token_loss_is_what_it_says(monkeypatch):
+    class Doubled(ForwardKL):
+        def token_loss(self, student_logits, teacher_logits, labels):
+            return 2 * super().token_loss(student_logits, teacher_logits, labels)
+
+    monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
+    monkeypatch.setattr(kernels, "AVAILABLE", True)
+    logits = torch.randn(2, 30)
+    assert kernels.factors_of(make_terms([Doubled()], [1.0], True), None, logits, logits) is None

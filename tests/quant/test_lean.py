@@ -137,3 +137,14 @@ def test_a_subclass_with_a_range_of_its_own_is_asked_for_it_and_learns():
     assert not quantizer.finds_range and not torch.equal(values, MinMax(spec, weight.shape)(weight))
     values.square().sum().backward()
     assert quantizer.share.grad.abs() > 0
+
+
+def test_a_subclass_of_a_method_that_reads_no_tensor_gets_the_groups_all_the_same():
+    class Capped(LSQ):
+        def qparams(self, groups):
+            assert groups.shape == (4, 2, 32)
+            return super().qparams(groups)
+
+    spec, weight = preset("W4A16_G32").weight, torch.randn(4, 64)
+    assert LSQ(spec, weight.shape).skips_groups
+    Capped(spec, weight.shape)(weight)

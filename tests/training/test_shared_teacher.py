@@ -100,6 +100,8 @@ def test_it_follows_the_trainers_autocast() -> None:
     module.build()
     with torch.autocast("cpu", torch.bfloat16):
         answer = module.teacher.outputs(BATCHES[0])  # type: ignore[union-attr]
+        with torch.autocast("cpu", enabled=False):  # as a loss calls a teacher's head
+            assert answer.head(answer.hidden).dtype == torch.bfloat16  # type: ignore[union-attr]
         assert answer.head(answer.hidden).dtype == torch.bfloat16  # type: ignore[union-attr]
 
 

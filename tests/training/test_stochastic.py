@@ -142,7 +142,7 @@ def test_a_step_cut_into_buckets_is_the_same_step(monkeypatch: pytest.MonkeyPatc
         return copy.deepcopy(group)
 
     one_by_one = step()  # as on every CPU
-    monkeypatch.setattr("kdqat.training.stochastic._BUCKET", 170)
+    monkeypatch.setattr("kdqat.training.stochastic.BUCKET", 170)
     monkeypatch.setattr("kdqat.training.stochastic._on_gpu", lambda parameter: True)
     assert all(torch.equal(a, b) for a, b in zip(one_by_one, step(), strict=True))
 

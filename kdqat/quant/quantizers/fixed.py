@@ -5,6 +5,8 @@ Also the quantizer of training with frozen scales (NVIDIA QAD, https://arxiv.org
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from kdqat.quant.quantizer import FakeQuantizer
@@ -13,6 +15,8 @@ from kdqat.types import QParams
 
 class Fixed(FakeQuantizer):
     """The initializer's (or the saved) scale and zero point, as they are; weights get the clipped STE."""
+
+    reads_tensor: ClassVar[bool] = False
 
     def qparams(self, groups: Tensor) -> QParams:
         return QParams(self.scale, self.zero_point)

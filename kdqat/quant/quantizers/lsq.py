@@ -9,7 +9,7 @@ SGD do not. A learned zero point follows LSQ+ (https://arxiv.org/abs/2004.09576)
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class LSQ(FakeQuantizer):
     Raises:
         ValueError: if learn_zero_point is asked of a symmetric spec.
     """
+
+    reads_tensor: ClassVar[bool] = False
 
     def __init__(
         self,

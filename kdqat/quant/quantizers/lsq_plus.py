@@ -9,6 +9,8 @@ one token: a batch of any size then gives the step size the same share.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ class LSQPlus(FakeQuantizer):
     Raises:
         ValueError: for a dynamic spec.
     """
+
+    reads_tensor: ClassVar[bool] = False
 
     def __init__(self, spec: QuantSpec, shape: torch.Size, learn_zero_point: bool = True, ste: STE = "clipped") -> None:
         super().__init__(spec, shape, ste)

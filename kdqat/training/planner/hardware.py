@@ -36,7 +36,7 @@ def available_bytes(device: str, processes: int) -> int | None:
     if not has(device):
         return None
     if device == "cuda":
-        return min(torch.cuda.mem_get_info(i)[0] for i in range(min(processes, torch.cuda.device_count())))
+        return torch.cuda.mem_get_info()[0]  # of this process's own: asking another leaves a context there
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():

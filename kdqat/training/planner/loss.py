@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kdqat.losses import DistillLoss, WeightedSum
-from kdqat.losses.logits import LogitLoss
+from kdqat.losses.logits import LogitLoss, closed_form_of
 from kdqat.models import SplitModel
 from kdqat.training.planner.live import LiveBytes
 from kdqat.training.planner.student import dtype_bytes
@@ -59,9 +59,12 @@ def loss_cost(
     own = autocast or head.dtype
     eager, made = bytes_per_logit(terms, own, teacher_dtype)
     per_logit = _compiled_bytes(own, teacher_dtype) if compiled else eager
-    if device == "cuda" and split.projects and not split.transforms and all(term.closed_form for term in terms):
+    if device == "cuda" and split.projects and not split.transforms and all(map(closed_form_of, terms)):
         per_logit = _compiled_bytes(own, teacher_dtype) - dtype_bytes(own)  # the gradient replaces the logits
     cast = head.numel() * dtype_bytes(own) if own != head.dtype else 0
+    owner = split.model.get_output_embeddings()  # type: ignore[operator]
+    if getattr(owner, "weight_fake_quantizer", None) is not None:
+        cast += head.numel() * 4  # the fake-quantized weight, made once and kept through the chunks
     per_row = 2 * dtype_bytes(head.dtype) + (dtype_bytes(teacher_dtype) if teacher_dtype is not None else 0)
     gradient = head.numel() * 4 if head.requires_grad else 0
     temporaries = round(chunk_tokens * vocabulary * per_logit) + cast + targets * hidden * per_row

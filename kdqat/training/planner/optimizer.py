@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdqat.training.stochastic import BUCKET, AdamWSR
+
 # bytes a parameter: both moments, and their scales for each block of so many elements
 _LOW_BIT = {"AdamW8bit": (2.0, 256), "Adam8bit": (2.0, 256), "PagedAdamW8bit": (2.0, 256), "AdamWFp8": (2.0, 256),
             "AdamFp8": (2.0, 256), "AdamW4bit": (1.0, 128), "Adam4bit": (1.0, 128)}  # fmt: skip
@@ -41,6 +43,9 @@ def optimizer_cost(
     name = type(optimizer).__name__
     sizes = [p.numel() * p.element_size() for p in parameters]
     temporaries = sum(sizes) if device == "cuda" and not _fused(optimizer, fp16) else 0
+    if isinstance(optimizer, AdamWSR):  # a bucket of parameters at a time, or the largest: five fp32 copies and noise
+        numels = [p.numel() for p in parameters]
+        temporaries = 24 * max(min(BUCKET, sum(numels)), max(numels, default=0))
     temporaries = 2 * max(sizes, default=0) if device == "cpu" else temporaries  # one parameter after the other
     if name in _LOW_BIT:
         per, block = _LOW_BIT[name]
