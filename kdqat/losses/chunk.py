@@ -38,7 +38,8 @@ class Terms(NamedTuple):
     losses: Mapping[str, TokenLoss]
     weights: tuple[float, ...]  # one for each loss: what is trained is their weighted sum
     monitors: Mapping[str, TokenLoss]  # logged only: no gradient
-    closed: tuple[ClosedForm | None, ...] = ()  # of losses, then monitors; None: only the function knows
+    # Of losses, then monitors; None: only the function knows; (): nothing is known.
+    closed: tuple[ClosedForm | None, ...] = ()
 
     def total(self, sums: Sequence[Tensor]) -> Tensor:
         """The weighted sum of `sums`, which are those of the losses, then of the monitors."""

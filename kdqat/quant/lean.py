@@ -101,20 +101,23 @@ class _FakeQuantize(torch.autograd.Function):
         if kernels.fits(quantizer, tensor.device):
             given = grad if spec.hadamard is None else rotate(grad.float(), spec.hadamard)
             x = _rotated(tensor, quantizer)
-            of_tensor, of_scale, of_zero = kernels.fake_quantize_backward(given, x, stored, quantizer, ctx.learns)
+            wants = (ctx.needs_input_grad[0], ctx.learns)
+            of_tensor, of_scale, of_zero = kernels.fake_quantize_backward(given, x, stored, quantizer, *wants)
         else:
             assert stored is not None
             found = fake_quantize_backward(
                 quantizer.groups(grad), quantizer.groups(tensor), stored, quantizer.grid, spec, quantizer.ste
             )
             of_tensor, of_scale, of_zero = found[0].reshape(tensor.shape), found[1], found[2]
-        of_tensor = rotate(of_tensor, spec.hadamard).to(tensor.dtype)  # the rotation is symmetric
+        wanted = None  # a frozen weight's
+        if ctx.needs_input_grad[0]:
+            wanted = rotate(of_tensor, spec.hadamard).to(tensor.dtype)  # the rotation is symmetric
         if not ctx.learns:
-            return of_tensor, None, None, None, None
+            return wanted, None, None, None, None
         if of_zero is not None and spec.zero_point == "integer":
             inside = (zero_point >= quantizer.qmin) & (zero_point <= quantizer.qmax)  # codes end there
             of_zero = of_zero * inside
-        return of_tensor, _sum_to(of_scale, scale), _sum_to(of_zero, zero_point), None, None
+        return wanted, _sum_to(of_scale, scale), _sum_to(of_zero, zero_point), None, None
 
 
 def _stored(

@@ -39,10 +39,7 @@ def parse_scheme(value: str | LayerScheme | Mapping[str, Any]) -> LayerScheme:
         return value
     if isinstance(value, str):
         return preset(value)
-    if not isinstance(value, Mapping):
-        raise ValueError(f"scheme: {value!r} is neither a preset's name nor a mapping such as {{weight: {{...}}}}")
-    _known_keys("scheme", value, LayerScheme)
-    return LayerScheme(**{key: parse_spec(key, spec) for key, spec in value.items()})
+    return LayerScheme(**_specs("scheme", "weight", value, LayerScheme))
 
 
 def parse_kv_cache(value: str | KVCacheScheme | Mapping[str, Any]) -> KVCacheScheme:
@@ -59,10 +56,7 @@ def parse_kv_cache(value: str | KVCacheScheme | Mapping[str, Any]) -> KVCacheSch
                 f"kv_cache {value!r} is no preset: use {', '.join(KV_PRESETS)}, or a mapping with key and value"
             )
         return KVCacheScheme(key=KV_PRESETS[value], value=KV_PRESETS[value])
-    if not isinstance(value, Mapping):
-        raise ValueError(f"kv_cache: {value!r} is neither a preset's name nor a mapping such as {{key: {{...}}}}")
-    _known_keys("kv_cache", value, KVCacheScheme)
-    return KVCacheScheme(**{key: parse_spec(f"kv_cache.{key}", spec) for key, spec in value.items()})
+    return KVCacheScheme(**_specs("kv_cache", "key", value, KVCacheScheme, prefix="kv_cache."))
 
 
 def parse_spec(key: str, data: Any) -> QuantSpec | None:
@@ -78,6 +72,14 @@ def parse_spec(key: str, data: Any) -> QuantSpec | None:
         return QuantSpec(**data)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
+
+
+def _specs(where: str, example: str, value: Any, cls: type, prefix: str = "") -> dict[str, QuantSpec | None]:
+    """The arguments of `cls`, each a spec, from a mapping called `where`; errors name a key behind `prefix`."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: {value!r} is neither a preset's name nor a mapping such as {{{example}: {{...}}}}")
+    _known_keys(where, value, cls)
+    return {key: parse_spec(prefix + key, spec) for key, spec in value.items()}
 
 
 def _known_keys(where: str, data: Mapping[str, Any], cls: type) -> None:

@@ -181,10 +181,10 @@ def measure(what: str, args: dict[str, str], out: Path) -> dict[str, Any]:
                     "enable_progress_bar": False, "log_every_n_steps": 10, "strategy": strategy}  # fmt: skip
     trainer = api.make_trainer(trainer_args, None, [clock])
     watched = [] if ranks > 1 or "trainable" in args else list(split.parameters())
-    before = [parameter.detach().flatten()[:1000].clone() for parameter in watched]
+    before = [parameter.detach().flatten()[:1000].clone().cpu() for parameter in watched]
     reset_peak()
     trainer.fit(module, rows)
-    after = [parameter.detach().flatten()[:1000] for parameter in watched]
+    after = [parameter.detach().flatten()[:1000].cpu() for parameter in watched]  # the Trainer moves them, too
     still = sum(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     if still:  # a step that loses gradients is fast
         raise RuntimeError(f"{still} of {len(watched)} parameters did not move")

@@ -10,8 +10,9 @@ import torch
 from kdqat.losses import CrossEntropy, ForwardKL, LogitLoss, ReverseKL, kernels, projected
 from kdqat.losses.chunk import Terms
 from kdqat.losses.logits import terms_of
+from kdqat.quant.kernels import AVAILABLE
 
-CPU = pytest.param("cpu", marks=pytest.mark.skipif(not kernels.AVAILABLE, reason="triton is not installed"))
+CPU = pytest.param("cpu", marks=pytest.mark.skipif(not AVAILABLE, reason="triton is not installed"))
 DEVICES = [CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
 CASES = {
     "kl": ([ForwardKL()], [1.0]),
@@ -27,7 +28,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             pytest.skip("tests/conftest.py chose no interpreter: there is a GPU")
-        monkeypatch.setattr(kernels, "DEVICES", ("cpu", "cuda"))
+        monkeypatch.setattr("kdqat.quant.kernels.DEVICES", ("cpu", "cuda"))
     return request.param
 
 
@@ -92,8 +93,8 @@ def test_other_losses_other_heads_and_other_devices_take_the_general_way(monkeyp
     logits = torch.randn(2, 30)
     kl = make_terms([ForwardKL()], [1.0], True)
     assert kernels.factors_of(kl, None, logits, logits) is None  # a CPU
-    monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
-    monkeypatch.setattr(kernels, "AVAILABLE", True)
+    monkeypatch.setattr("kdqat.quant.kernels.DEVICES", ("cpu",))
+    monkeypatch.setattr("kdqat.quant.kernels.AVAILABLE", True)
     assert kernels.factors_of(kl, None, logits, logits) is not None
     assert kernels.factors_of(kl, torch.tanh, logits, logits) is None
     assert kernels.factors_of(make_terms([ReverseKL()], [1.0], True), None, logits, logits) is None
@@ -118,7 +119,7 @@ def test_a_subclass_with_another_token_loss_is_what_it_says(monkeypatch):
         def token_loss(self, student_logits, teacher_logits, labels):
             return 2 * super().token_loss(student_logits, teacher_logits, labels)
 
-    monkeypatch.setattr(kernels, "DEVICES", ("cpu",))
-    monkeypatch.setattr(kernels, "AVAILABLE", True)
+    monkeypatch.setattr("kdqat.quant.kernels.DEVICES", ("cpu",))
+    monkeypatch.setattr("kdqat.quant.kernels.AVAILABLE", True)
     logits = torch.randn(2, 30)
     assert kernels.factors_of(make_terms([Doubled()], [1.0], True), None, logits, logits) is None

@@ -145,7 +145,8 @@ def test_on_a_gpu_the_kernel_computes_what_the_emulation_does() -> None:
     native, emulated = Float8Linear(linear), Float8Linear(linear)
     native = copy.deepcopy(native).to(device)  # they share a bias
     native.native = True
-    torch.testing.assert_close(native(x.to(device)).cpu(), emulated(x), rtol=2**-6, atol=2**-6)
+    values, expected = native(x.to(device)).cpu().float(), emulated(x).float()
+    assert (values - expected).norm() <= 2**-7 * expected.norm()  # single codes differ where a scale is one ulp off
     for options in ({}, {"compile": True}):
         kernel = log_probs(teacher_of(device=device, fp8=True, **options), IDS, device)
         torch.testing.assert_close(kernel, log_probs(teacher_of(fp8=True), IDS), rtol=0, atol=0.1)

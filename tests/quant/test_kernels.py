@@ -26,6 +26,12 @@ SHAPE = torch.Size((6, 32))
 METHODS = {name: VARIANTS[name] for name in ("LSQ", "MinMax", "LSQ-zero-point", "LSQ-trust", "LSQ-attenuated")}
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Every test would be one more version of the same code, and eight are the limit."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     if request.param == "cpu":

@@ -7,7 +7,6 @@ soft-cap, a logit scale or a cut vocabulary take the general way.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor
 
 from kdqat.losses.chunk import ClosedForm, TeacherChunk, Terms
+from kdqat.quant.kernels import triton_runs_on
 
-DEVICES = ("cuda",)  # and "cpu" under Triton's interpreter, in tests
-AVAILABLE = importlib.util.find_spec("triton") is not None
 _BLOCK, _WARPS = 2048, 4  # what was fastest on an H200 of 1024 ... 16384 and 4 ... 32
 
 
@@ -34,11 +32,9 @@ def factors_of(
     terms: Terms, transform: Callable[[Tensor], Tensor] | None, logits: Tensor, teacher: TeacherChunk
 ) -> Factors | None:
     """What the kernel needs to know of `terms`; None where it does not fit."""
-    if logits.device.type not in DEVICES or not AVAILABLE or transform is not None or logits.dtype == torch.float64:
+    if not triton_runs_on(logits.device) or transform is not None or logits.dtype == torch.float64:
         return None
-    if not (teacher is None or isinstance(teacher, Tensor)) or len(terms.closed) != len(terms.losses) + len(
-        terms.monitors
-    ):
+    if not (teacher is None or isinstance(teacher, Tensor)) or not terms.closed:
         return None
     sums = {"tempered": 0.0, "kl": 0.0, "nll": 0.0}
     temperatures = {form.temperature for form in terms.closed if form is not None} - {1.0}

@@ -64,9 +64,14 @@ def kernel_for(quantizer: FakeQuantizer) -> Kernel | None:
     return Kernel((*first, 0, *last), live, _STES[quantizer.ste], spec.scale_dtype in _STORED)
 
 
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether there is a Triton, and kernels for `device`."""
+    return device.type in DEVICES and AVAILABLE
+
+
 def fits(quantizer: FakeQuantizer, device: torch.device) -> bool:
     """Whether the kernels compute what `quantizer` does, on `device`."""
-    return device.type in DEVICES and quantizer.kernel is not None and AVAILABLE
+    return quantizer.kernel is not None and triton_runs_on(device)
 
 
 def fake_quantize(x: Tensor, stored: QParams | None, quantizer: FakeQuantizer, dtype: torch.dtype) -> Tensor:
@@ -79,13 +84,13 @@ def fake_quantize(x: Tensor, stored: QParams | None, quantizer: FakeQuantizer, d
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, stored: QParams | None, quantizer: FakeQuantizer, learns: bool
+    grad: Tensor, x: Tensor, stored: QParams | None, quantizer: FakeQuantizer, weight: bool, learns: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, and, if the quantizer `learns`, of scale and zero point, in the scale's shape but [groups] of a
-    tensor's scale (None: no gradient)."""
+    """Gradients of x, empty unless it (`weight`) wants one, and, if the quantizer `learns`, of scale and zero point, in
+    the scale's shape but [groups] of a tensor's scale (None: no gradient)."""
     assert quantizer.kernel is not None
     ops, constants = _ops(), _constants(quantizer, stored)
-    arguments = (grad, x, *_tensors(stored, quantizer), constants, quantizer.kernel.ste, learns)
+    arguments = (grad, x, *_tensors(stored, quantizer), constants, quantizer.kernel.ste, weight, learns)
     if _as_operators(x):
         of_x, of_scale, of_zero = ops.backward_op(*arguments)
     else:

@@ -44,13 +44,21 @@ def _forward(kernel: Any, x: Tensor, *rest: Any) -> Tensor:
 
 
 def _backward(kernel: Any, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, constants, ste, learns = rest
+    *tensors, constants, ste, weight, learns = rest
     grad, x = grad.contiguous(), x.contiguous()
-    of_x = torch.empty_like(x)
+    of_x = torch.empty_like(x) if weight else torch.empty(0, dtype=x.dtype, device=x.device)
     of_scale, of_zero = (
         torch.empty(x.numel() // constants[0] if learns else 0, dtype=torch.float32, device=x.device) for _ in range(2)
     )
-    _launch(kernel, BACKWARD_TILE, [grad, x, of_x, of_scale, of_zero, *tensors], constants, STE=ste, LEARNS=learns)
+    _launch(
+        kernel,
+        BACKWARD_TILE,
+        [grad, x, of_x, of_scale, of_zero, *tensors],
+        constants,
+        STE=ste,
+        WEIGHT=weight,
+        LEARNS=learns,
+    )
     return of_x, of_scale, of_zero
 
 
@@ -66,11 +74,11 @@ def fake_quantize(
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, low: Tensor, high: Tensor,
     mantissa_bits: Tensor | None, min_exponent: Tensor | None, levels: Tensor | None, constants: Sequence[int],
-    ste: int, learns: bool,
+    ste: int, weight: bool, learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, and of scale and zero point [num_groups], empty where nothing learns."""
+    """Gradients of x, if it wants one (`weight`), and of scale and zero point [num_groups], if they learn; or empty."""
     tensors = (scale, zero_point, low, high, mantissa_bits, min_exponent, levels)
-    return _backward(backward_kernel, grad, x, *tensors, constants, ste, learns)
+    return _backward(backward_kernel, grad, x, *tensors, constants, ste, weight, learns)
 
 
 @wraps(fake_quantize)

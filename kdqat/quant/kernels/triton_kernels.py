@@ -113,6 +113,23 @@ def _live_range(x, inside, low, high, RULE: tl.constexpr, ZERO: tl.constexpr, TI
 
 
 @triton.jit
+def _qparams(
+    x, inside, group, num_groups, scale_ptr, zero_ptr, low, high, PER_TENSOR: tl.constexpr, RULE: tl.constexpr,
+    ZERO: tl.constexpr, TINY: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """Scale and zero point [GROUPS, 1] as they are stored, given or found in x."""
+    if RULE == 0:
+        at = group * 0 if PER_TENSOR else group
+        scale = tl.load(scale_ptr + at, mask=group < num_groups, other=1.0)
+        zero = tl.load(zero_ptr + at, mask=group < num_groups, other=0.0)
+        if ZERO == 1:
+            zero = _round(_clamp(zero, low, high))
+    else:
+        scale, zero = _live_range(x, inside, low, high, RULE, ZERO, TINY)
+    return _as_stored(scale, zero, ZERO, STORED)
+
+
+@triton.jit
 def _tile(num_groups, G: tl.constexpr, PAD: tl.constexpr, GROUPS: tl.constexpr):
     """Numbers of this program's groups [GROUPS, 1], element offsets and mask [GROUPS, PAD]."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
@@ -130,15 +147,9 @@ def fake_quantize_kernel(
     group, offset, inside = _tile(num_groups, G, PAD, GROUPS)
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     low, high = tl.load(low_ptr), tl.load(high_ptr)
-    if RULE == 0:
-        at = group * 0 if PER_TENSOR else group
-        scale = tl.load(scale_ptr + at, mask=group < num_groups, other=1.0)
-        zero = tl.load(zero_ptr + at, mask=group < num_groups, other=0.0)
-        if ZERO == 1:
-            zero = _round(_clamp(zero, low, high))
-    else:
-        scale, zero = _live_range(x, inside, low, high, RULE, ZERO, TINY)
-    scale, zero = _as_stored(scale, zero, ZERO, STORED)
+    scale, zero = _qparams(
+        x, inside, group, num_groups, scale_ptr, zero_ptr, low, high, PER_TENSOR, RULE, ZERO, TINY, STORED
+    )
     wide = scale + tl.zeros_like(x)  # div_rn takes equal shapes
     if ZERO == 2:
         level = _clamp(tl.div_rn(x - zero, wide), low, high)
@@ -157,22 +168,17 @@ def backward_kernel(
     grad_ptr, x_ptr, of_x_ptr, of_scale_ptr, of_zero_ptr, scale_ptr, zero_ptr, low_ptr, high_ptr, mantissa_ptr,
     exponent_ptr, levels_ptr, num_groups, G: tl.constexpr, PAD: tl.constexpr, GROUPS: tl.constexpr,
     PER_TENSOR: tl.constexpr, KIND: tl.constexpr, HALF: tl.constexpr, LEVELS: tl.constexpr, ZERO: tl.constexpr,
-    RULE: tl.constexpr, STORED: tl.constexpr, TINY: tl.constexpr, STE: tl.constexpr, LEARNS: tl.constexpr,
+    RULE: tl.constexpr, STORED: tl.constexpr, TINY: tl.constexpr, STE: tl.constexpr, WEIGHT: tl.constexpr,
+    LEARNS: tl.constexpr,
 ):  # fmt: skip
     """`functional.fake_quantize_backward`, summed over each group; the range is found again if it was live."""
     group, offset, inside = _tile(num_groups, G, PAD, GROUPS)
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     low, high = tl.load(low_ptr), tl.load(high_ptr)
-    if RULE == 0:
-        at = group * 0 if PER_TENSOR else group
-        scale = tl.load(scale_ptr + at, mask=group < num_groups, other=1.0)
-        zero = tl.load(zero_ptr + at, mask=group < num_groups, other=0.0)
-        if ZERO == 1:
-            zero = _round(_clamp(zero, low, high))
-    else:
-        scale, zero = _live_range(x, inside, low, high, RULE, ZERO, TINY)
-    scale, zero = _as_stored(scale, zero, ZERO, STORED)
+    scale, zero = _qparams(
+        x, inside, group, num_groups, scale_ptr, zero_ptr, low, high, PER_TENSOR, RULE, ZERO, TINY, STORED
+    )
     wide = scale + tl.zeros_like(x)
     steps = tl.div_rn(x - zero, wide) if ZERO == 2 else tl.div_rn(x, wide)
     if ZERO == 1:
@@ -191,7 +197,8 @@ def backward_kernel(
             share = tl.minimum(tl.maximum(tl.div_rn(gap - distance, 0.25 * gap), 0.0), 1.0)
             of_bounds = tl.where(steps == clipped, 0.0, grad * share)
             through = tl.where(steps == clipped, grad * share, 0.0)
-    tl.store(of_x_ptr + offset, through.to(of_x_ptr.dtype.element_ty), mask=inside)
+    if WEIGHT:
+        tl.store(of_x_ptr + offset, through.to(of_x_ptr.dtype.element_ty), mask=inside)
     if LEARNS:
         of_scale = tl.sum(grad * level - through * steps, axis=1, keep_dims=True)
         tl.store(of_scale_ptr + group, of_scale, mask=group < num_groups)
