@@ -33,7 +33,9 @@ from kdqat.quant import LSQ, QuantizerFactory
 from kdqat.spec import LayerScheme
 from kdqat.student import Student, prepare_student
 from kdqat.training import Checkpoints, CSVMetrics, KDQATModule, WarmupCosine, WholeFileIO
+from kdqat.training.edits import in_order
 from kdqat.training.fill import fill_cache
+from kdqat.training.gather import gather_student
 from kdqat.training.planner import MemoryPlan
 from kdqat.training.planner import plan_memory as _plan_memory
 from kdqat.training.trainable import Trainable
@@ -141,8 +143,7 @@ def fit(
     args = {"max_steps": steps, "accelerator": "auto", "devices": 1, **trainer_args}
     trainer = make_trainer(args, None if out_dir is None else Path(out_dir), callbacks)
     trainer.fit(module, datamodule=data, weights_only=True)
-    student.split.cpu().eval()
-    return student
+    return gather_student(trainer, module)
 
 
 def plan_memory(module: KDQATModule, data: TextData, trainer_args: dict[str, Any]) -> MemoryPlan:
@@ -197,7 +198,7 @@ def make_trainer(args: dict[str, Any], run: Path | None, callbacks: Sequence[L.C
     args.setdefault("num_sanity_val_steps", 0)
     args |= {
         "default_root_dir": run,
-        "callbacks": [*mine, StopOnSignal()],
+        "callbacks": [*in_order(mine), StopOnSignal()],
         "plugins": [*_listed(args.get("plugins")), WholeFileIO()],
         "use_distributed_sampler": False,  # the loaders know their rank
         "enable_progress_bar": False,

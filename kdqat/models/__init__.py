@@ -3,6 +3,7 @@
 from kdqat.models.cached_teacher import CachedTeacher
 from kdqat.models.kv_cache import apply_kv_cache, strip_kv_cache
 from kdqat.models.roles import block_prefix, blocks_of, embedding_refs, family_of, layer_refs
+from kdqat.models.select import select_layers
 from kdqat.models.shared_teacher import SharedTeacher
 from kdqat.models.source import ModelSource
 from kdqat.models.split import SplitModel, cut_vocabulary
@@ -22,5 +23,6 @@ __all__ = [
     "embedding_refs",
     "family_of",
     "layer_refs",
+    "select_layers",
     "strip_kv_cache",
 ]

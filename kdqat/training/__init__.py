@@ -1,6 +1,7 @@
 """Training: the Lightning module, its optimizer groups, its checkpoints."""
 
 from kdqat.training.checkpoint import Checkpoints, WholeFileIO, newest_complete
+from kdqat.training.edits import Observer, Phase, Steer, StudentEdit
 from kdqat.training.logger import CSVMetrics
 from kdqat.training.module import KDQATModule
 from kdqat.training.nonfinite import NonFiniteLossError
@@ -14,7 +15,11 @@ __all__ = [
     "Checkpoints",
     "KDQATModule",
     "NonFiniteLossError",
+    "Observer",
     "Parallel",
+    "Phase",
+    "Steer",
+    "StudentEdit",
     "WarmupCosine",
     "WholeFileIO",
     "newest_complete",

@@ -11,6 +11,7 @@ from kdqat.models import SplitModel
 from kdqat.quant import apply_plan
 from kdqat.student import Student
 from kdqat.training.checkpoint import Checkpoints
+from kdqat.training.edits import edits_among
 from kdqat.training.module import KDQATModule
 
 
@@ -19,7 +20,7 @@ def gather_student(trainer: L.Trainer, module: KDQATModule) -> Student:
 
     With `Checkpoints(select="best")` it has the weights that had the best val/kl.
     """
-    student = module.student
+    student, edits = module.student, edits_among(trainer.callbacks)  # type: ignore[attr-defined]
     assert student is not None and module.split is not None
     if module.parallel.shard:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -29,8 +30,10 @@ def gather_student(trainer: L.Trainer, module: KDQATModule) -> Student:
             split = SplitModel(module.source.load_model())
             split.vocab_size = student.split.vocab_size
             apply_plan(split.model, student.plan, module.quantizer)
-            split.load_state_dict(state)
             student = replace(student, split=split)
+            for edit in edits:
+                edit.edit(student)
+            split.load_state_dict(state)
         if module.teacher is not None:
             module.teacher.release()  # it is in pieces too, and evaluation is not collective
     else:
@@ -44,4 +47,7 @@ def gather_student(trainer: L.Trainer, module: KDQATModule) -> Student:
                 {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             )
     student.split.eval()
+    if trainer.is_global_zero:
+        for edit in edits:
+            edit.finish(student)
     return student

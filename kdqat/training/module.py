@@ -25,6 +25,8 @@ from kdqat.losses import CrossEntropy, DistillLoss, ForwardKL, WeightedSum
 from kdqat.models import ModelSource, SplitModel, Teacher
 from kdqat.quant import QuantizerFactory, default_activation_quantizer, describe_ways
 from kdqat.student import Student, load_student, prepare_student
+from kdqat.training.clipping import clip_gradients
+from kdqat.training.edits import edits_among
 from kdqat.training.nonfinite import require_finite
 from kdqat.training.optim import gradients, scale_learning_rate, scheduled
 from kdqat.training.optimizer import make_optimizer, require_trainable
@@ -170,6 +172,9 @@ class KDQATModule(L.LightningModule):
         if self._configured:
             return
         assert self.split is not None
+        for edit in edits_among(self.trainer.callbacks):  # type: ignore[attr-defined]
+            assert self.student is not None
+            edit.edit(self.student)
         self.split.train()
         if self.loss is not None and "attentions" in self.loss.wants:
             self.split.use_eager_attention()
@@ -254,17 +259,9 @@ class KDQATModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        # Lightning's own refuses fused optimizers under autocast, for the sake of fp16 loss scaling
-        if not gradient_clip_val:
-            return
-        if self.trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise ValueError("trainer.gradient_clip_val with precision 16-mixed needs an optimizer without fused: true")
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-            self._to_log["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+        norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm, str(self.trainer.precision))
+        if norm is not None:
+            self._to_log["grad_norm"] = norm
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.split is not None
