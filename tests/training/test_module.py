@@ -87,6 +87,17 @@ def test_gradients_are_those_of_the_mean_loss_by_autograd() -> None:
     require_close(weights_after([PARTS[0]], module), expected)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_last_steps_gradients_are_gone_before_the_forward_pass_and_within_a_step_they_stay(accumulate: int) -> None:
+    module, seen = make_module(optimizer=SGD), []
+    assert module.build().split is not None
+    module.split.register_forward_pre_hook(
+        lambda split, _: seen.append(any(p.grad is not None for p in split.parameters())) if split.training else None
+    )
+    train(module, PARTS * 2, accumulate_grad_batches=accumulate)
+    assert seen == ([False] * 4 if accumulate == 1 else [False, True] * 2)
+
+
 def test_the_teacher_is_in_no_state_no_parameter_and_no_optimizer() -> None:
     module = make_module()
     trainer = train(module, PARTS)
