@@ -5,7 +5,8 @@
 A setting is SCHEME[,key=value ...]: lr, scale_ratio, warmup, final, beta2, clip, init, quantizer, frozen (a part of
 names), steps, loss, seed, zero, hidden, cosine, opt, batch, accumulate, compile, only (one evaluation text), windows
 (evaluate on so many), teacher (hidden, top_k: answers written beforehand), k, kv, deploy (activation quantization only
-in evaluation). Rows append to OUT_DIR/sweep.jsonl.
+in evaluation), freeze (roles, as o+v), precision (bf16-mixed), granularity (of the weights, instead of the scheme's).
+Rows append to OUT_DIR/sweep.jsonl; settings that it has already are passed over.
 Static activation ranges and FPQ are calibrated on the first training text.
 """
 
@@ -16,6 +17,7 @@ import json
 import sys
 import time
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 from kdqat import api
 from kdqat.allocate import Uniform
 from kdqat.calibrate import Calibration
+from kdqat.callbacks import Freeze
 from kdqat.data import PackedText, TextSource
 from kdqat.evaluators import TeacherAgreement
 from kdqat.initializers import FPQ, RTN, MSEGrid
@@ -32,6 +35,7 @@ from kdqat.losses import CAKLD, CrossEntropy, ForwardKL, GeneralizedJSD, HiddenS
 from kdqat.models import CachedTeacher, FrozenTeacher, ModelSource, SplitModel, Teacher
 from kdqat.quant import LSQ, Fixed, MinMax
 from kdqat.quant.quantizers.seq import SEQ
+from kdqat.spec import preset
 from kdqat.student import as_rtn, prepare_student
 from kdqat.training import KDQATModule, Parallel, WarmupCosine
 
@@ -105,13 +109,18 @@ def main(gguf: str, data_dir: str, out_dir: str, *settings: str) -> None:
     judge = FrozenTeacher(dtype="float32")
     judge.prepare(source, original, tokenizer, pristine=True)
     measured_rtn: dict[str, Any] = {}
+    torch._dynamo.config.recompile_limit = 256  # settings share the blocks' code; beyond the limit they would be eager
+    rows = out / "sweep.jsonl"
+    done = {json.loads(line)["setting"] for line in rows.read_text().splitlines()} if rows.exists() else set()
     for setting in settings:
+        if setting in done:
+            continue
         try:
             row = train_one(setting, source, original, tokenizer, judge, folder, measured_rtn, device)
         except Exception:  # the other settings have their time on the device too
             print(f"{setting} failed\n{traceback.format_exc()[-1500:]}", flush=True)
             continue
-        with (out / "sweep.jsonl").open("a") as file:
+        with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(describe(row), flush=True)
 
@@ -139,7 +148,10 @@ def train_one(
     }[args.get("quantizer", "lsq")]
     initializer = {"mse": MSEGrid, "rtn": RTN, "fpq": FPQ}[args.get("init", "mse")]()
     deploy: Any = ("activation",) if args.get("deploy") == "1" else ()
-    allocator = Uniform(scheme, kv_cache=args.get("kv"), deploy_only=deploy)
+    what: Any = preset(scheme)
+    if "granularity" in args:
+        what = replace(what, weight=replace(what.weight, granularity=args["granularity"]))
+    allocator = Uniform(what, kv_cache=args.get("kv"), deploy_only=deploy)
     split = copy.deepcopy(original).to(device)  # searches are the GPU's work
     student = prepare_student(
         source, allocator, quantizer, initializer, calibration=calibration(folder), split=split, tokenizer=tokenizer
@@ -147,7 +159,7 @@ def train_one(
     judges = [e for e in evaluators(folder) if args.get("only", e.label) == e.label]
     for evaluator in judges:
         evaluator.limit = int(args["windows"]) if "windows" in args else None
-    base = f"{scheme},{args.get('init')}" if args.get("init") == "fpq" else scheme
+    base = ",".join([scheme, args.get("granularity", ""), "fpq" if args.get("init") == "fpq" else ""])
     if base not in measured_rtn:
         with as_rtn(student) as rtn:
             measured_rtn[base] = api.evaluate(rtn, judges, judge, device=device)
@@ -188,16 +200,15 @@ def train_one(
         "max_steps": steps,
         "accelerator": "auto",
         "devices": 1,
-        "precision": "bf16-mixed",
+        "precision": args.get("precision", "bf16-mixed"),
         "gradient_clip_val": float(args.get("clip", 1.0)),
         "accumulate_grad_batches": int(args.get("accumulate", 1)),
         "enable_progress_bar": False,
         "limit_val_batches": 0,
     }
-    trainer = api.make_trainer(trainer_args, None)
+    trainer = api.make_trainer(trainer_args, None, [Freeze(roles=args["freeze"].split("+"))] if "freeze" in args else [])
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    torch._dynamo.reset()  # settings share their code: without it the recompile limit makes later ones eager
     started = time.monotonic()
     trainer.fit(module, datamodule=data, weights_only=True)
     seconds = time.monotonic() - started
@@ -214,6 +225,7 @@ def optimizer_of(args: dict[str, str], fused: bool) -> Any:
     if args.get("opt") == "muon":
         return partial(MuonAdamW, lr=lr)
     betas = (0.9, float(args.get("beta2", 0.999)))
+    fused = fused and not args.get("precision", "").startswith("16")  # clipping needs the loss scale taken out before
     return partial(torch.optim.AdamW, lr=lr, betas=betas, weight_decay=0.0, fused=fused)
 
 
