@@ -137,7 +137,7 @@ class Divergence(Steer):
         for name, state in state_dict["bands"].items():
             self.bands[name].values.extend(state["values"])
             self.bands[name].outside = state["outside"]
-        self._unread = [tuple(entry) for entry in state_dict["unread"]]  # type: ignore[misc]
+        self._unread = [tuple(entry) for entry in state_dict["unread"]]
         self._trained = state_dict["trained"]
 
 

@@ -151,9 +151,8 @@ class Freeze(StudentEdit):
     def _watched(self, student: Student) -> dict[str, Tensor]:
         watched: dict[str, Tensor] = {}
         for name, layer in self._chosen(student).items():
-            watched[name] = layer.weight
-            if getattr(layer, "bias", None) is not None:
-                watched[f"{name} (bias)"] = layer.bias  # type: ignore[union-attr]
+            for kind, parameter in zip(("", " (bias)"), _parameters(layer), strict=False):
+                watched[name + kind] = parameter
             if self.scales == "with_weights":
                 quantizer = layer.weight_fake_quantizer
                 assert quantizer is not None
