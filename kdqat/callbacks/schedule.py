@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import lightning as L
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdqat.student import Student
@@ -58,8 +59,29 @@ class Schedule(Steer, ABC):
                 for parameter in window.parameters:
                     parameter.grad = None
 
+    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        # under FSDP2, states are not loaded where a parameter has none yet
+        parameters = list(trainer.strategy.model.parameters()) if module.parallel.shard else []  # type: ignore[union-attr]
+        for optimizer in checkpoint["optimizer_states"] if parameters else ():
+            states = optimizer.get("state")  # by number of the parameter; of the other processes empty
+            if states:
+                model = next(iter(states.values()))
+                for number in {n for group in optimizer["param_groups"] for n in group["params"]} - set(states):
+                    states[number] = _untouched(model, parameters[number].shape)
+
     def on_fit_end(self, trainer: L.Trainer, module: Any) -> None:
         self._windows = []
+
+
+def _untouched(model: Mapping[str, Any], shape: torch.Size) -> dict[str, Any]:
+    """What an optimizer begins with for a parameter of `shape`: zeros, with the keys of another one's state."""
+
+    def zeros(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return type(value)()
+        return torch.zeros(shape if value.ndim else (), dtype=value.dtype)
+
+    return {key: zeros(value) for key, value in model.items()}
 
 
 def trained(parameters: Collection[nn.Parameter | None], what: str) -> list[nn.Parameter]:
