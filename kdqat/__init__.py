@@ -13,6 +13,15 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize"),
     "kdqat.allocate": ("BitAllocator", "FromFile", "Uniform"),
+    "kdqat.callbacks": (
+        "BlockProgressive",
+        "Divergence",
+        "Freeze",
+        "FreezeWindow",
+        "NothingMoved",
+        "ScalesFirst",
+        "ZeroGradients",
+    ),
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
     "kdqat.calibrate": ("Calibration",),
     "kdqat.evaluators": ("EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement"),

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdqat.allocate import BitAllocator, Uniform
 from kdqat.calibrate import Calibration
-from kdqat.callbacks import ProgressLine, StopOnSignal
+from kdqat.callbacks import ProgressLine, StopOnSignal, missing_guards
 from kdqat.data import TextData
 from kdqat.evaluators import Evaluator
 from kdqat.exporters import Exporter
@@ -123,7 +123,7 @@ def fit(
         steps: optimizer steps, under a cosine schedule.
         teacher: default: the student's source, frozen, in float32.
         optimizer: called with parameter groups; default AdamW at 1e-4 without weight decay.
-        callbacks: besides progress and stop-on-signal.
+        callbacks: besides progress, guards and stop-on-signal.
         out_dir: run directory for metrics and checkpoints; None writes nothing.
         trainable: "scales" leaves the latent weights as they are, as a SharedTeacher needs.
         trainer_args: for lightning.Trainer, e.g. precision="bf16-mixed".
@@ -189,6 +189,7 @@ def make_trainer(args: dict[str, Any], run: Path | None, callbacks: Sequence[L.C
     args = {key: value for key, value in args.items() if value is not None or key == "check_val_every_n_epoch"}
     mine = [*_listed(args.pop("callbacks", None)), *callbacks]
     mine += [ProgressLine()] if args.pop("enable_progress_bar", True) and not _has(mine, ProgressLine) else []
+    mine += missing_guards(mine)
     if run is not None:
         mine += [] if _has(mine, Checkpoints) else [Checkpoints()]
         args.setdefault("logger", [TensorBoardLogger(str(run), name="tensorboard", version=""), CSVMetrics(str(run))])

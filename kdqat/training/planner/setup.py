@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kdqat.data import TextData
+from kdqat.training.edits import StudentEdit, edits_among
 from kdqat.training.planner.trace import Rows
 
 _AUTOCAST: dict[str, torch.dtype | None] = {
@@ -31,6 +32,7 @@ class Setup:
     autocast: torch.dtype | None
     accumulate: int
     steps: int | None
+    edits: tuple[StudentEdit, ...]  # among the callbacks, in the order in which they are made
 
 
 def read_setup(args: Mapping[str, Any]) -> Setup:
@@ -54,6 +56,7 @@ def read_setup(args: Mapping[str, Any]) -> Setup:
         autocast=_AUTOCAST[precision],
         accumulate=int(args.get("accumulate_grad_batches") or 1),
         steps=int(steps) if steps is not None and int(steps) > 0 else None,
+        edits=tuple(edits_among(_listed(args.get("callbacks")))),
     )
 
 
@@ -62,6 +65,10 @@ def rows_of(data: TextData) -> Rows:
     segments = bool(getattr(data, "document_mask", False) or getattr(data, "packing", False))
     padding = hasattr(data, "packing") and not segments
     return Rows(batch_size=data.batch_size, seq_len=data.seq_len, segments=segments, padding=padding)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def _devices(given: Any, there: int) -> int:

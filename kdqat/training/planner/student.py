@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kdqat.models import FrozenTeacher, SplitModel, blocks_of, embedding_refs, layer_refs
-from kdqat.quant import FakeQuantExperts, FakeQuantizer, MinMax
+from kdqat.quant import FakeQuantExperts, FakeQuantizer, MinMax, measure_coverage
+from kdqat.student import Student
 from kdqat.student.prepare import install_plan
+from kdqat.training.edits import StudentEdit
 from kdqat.training.module import KDQATModule
 from kdqat.training.trainable import freeze_all_but_scales
 from kdqat.types import EMBEDDING
@@ -27,8 +31,11 @@ class Counts:
     full_precision: int  # the model's own parameters without one
 
 
-def meta_student(module: KDQATModule) -> SplitModel:
+def meta_student(module: KDQATModule, edits: Iterable[StudentEdit] = ()) -> SplitModel:
     """The module's student in training mode on the meta device, with its plan; nothing is calibrated or initialized.
+
+    Args:
+        edits: of the run, in their order; the student is edited by copies of them, which keep nothing of it.
 
     Raises:
         ValueError: as preparing the real one would.
@@ -44,6 +51,9 @@ def meta_student(module: KDQATModule) -> SplitModel:
     _looped_experts(split.model)
     if module.trainable == "scales":
         freeze_all_but_scales(split)
+    student = Student(split, None, module.source, plan, measure_coverage(split.model, set(plan.ignored).__contains__))
+    for edit in edits:
+        copy.copy(edit).edit(student)
     if module.loss is not None and "attentions" in module.loss.wants:
         split.use_eager_attention()
     return split.train()

@@ -1,0 +1,21 @@
+"""What looks after every run unless the recipe lists its own: zero gradients, nothing moved, divergence.
+
+They warn and change nothing. Together they read the device a few times in 100 steps (docs/freezing.md has the cost).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+
+from kdqat.callbacks.divergence import Divergence
+from kdqat.callbacks.nothing_moved import NothingMoved
+from kdqat.callbacks.zero_gradients import ZeroGradients
+
+GUARDS: tuple[type[L.Callback], ...] = (ZeroGradients, NothingMoved, Divergence)
+
+
+def missing_guards(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
+    """A guard of each kind that `callbacks` has none of."""
+    return [guard() for guard in GUARDS if not any(isinstance(callback, guard) for callback in callbacks)]

@@ -1,0 +1,235 @@
+"""Guards speak when something is wrong, keep silent when nothing is, and change no bit unless they are asked to."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdqat import api
+from kdqat.callbacks import BlockProgressive, Divergence, DivergenceError, FreezeWindow, NothingMoved, ZeroGradients
+from kdqat.callbacks.divergence import Band
+from kdqat.callbacks.guards import GUARDS
+from kdqat.training import Steer, WarmupCosine
+from tests.callbacks.runs import fit, resumed_ends_the_same, same, state
+from tests.training.toy import make_module
+
+SGD = partial(torch.optim.SGD, lr=1e-3)
+
+
+class Zeroed(Steer):
+    """Zeroes gradients, or takes them away, before anybody looks."""
+
+    def __init__(self, part: str, *, missing: bool = False) -> None:
+        self.part, self.missing = part, missing
+
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        for name, parameter in module.split.named_parameters():
+            if self.part in name and parameter.grad is not None:
+                parameter.grad = None if self.missing else parameter.grad.zero_()
+
+
+class Louder(Steer):
+    """Multiplies the logged loss from a step on (the module makes it after the callbacks' on_after_backward)."""
+
+    def __init__(self, start: int, by: float = 100.0) -> None:
+        self.start, self.by = start, by
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step >= self.start:
+            module._to_log["loss"] = module._to_log["loss"] * self.by
+
+
+def test_all_gradients_of_a_role_at_zero_are_named_once_and_others_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    fit([Zeroed("down_proj.weight_fake"), ZeroGradients(every_n_steps=2)], steps=5)
+    (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("ZeroGradients")]
+    assert "step 1:" in said and "missing for scales of down;" in said
+
+
+def test_a_role_with_one_live_layer_is_no_finding(caplog: pytest.LogCaptureFixture) -> None:
+    fit([Zeroed("layers.0.mlp.down_proj"), ZeroGradients()], steps=1)
+    assert "ZeroGradients" not in caplog.text
+
+
+def test_missing_gradients_count_as_zero(caplog: pytest.LogCaptureFixture) -> None:
+    fit([Zeroed("down_proj.weight", missing=True), ZeroGradients()], steps=1)
+    assert "missing for weights of down, scales of down;" in caplog.text
+
+
+def test_a_freeze_window_is_no_zero_gradient(caplog: pytest.LogCaptureFixture) -> None:
+    fit([FreezeWindow(roles=["o"]), ZeroGradients(every_n_steps=1)], steps=3)
+    assert "ZeroGradients" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "speaks"),
+    [
+        (partial(torch.optim.SGD, lr=1e-20), True),
+        (partial(torch.optim.AdamW, lr=1e-3), False),
+    ],
+    ids=["too small", "fine"],
+)
+def test_weights_that_stay_where_they_are_are_noticed(
+    optimizer: Any, speaks: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit([NothingMoved(every_n_steps=3)], steps=6, module=make_module(optimizer=optimizer))
+    assert caplog.text.count("NothingMoved: step 3: 100 %") == int(speaks)
+    assert ("the learning rate is too small" in caplog.text) == speaks
+
+
+def test_bf16_weights_without_stochastic_rounding_are_told_what_helps(caplog: pytest.LogCaptureFixture) -> None:
+    class Deaf(torch.optim.AdamW):
+        bf16_stochastic_round = True  # says so, and does not
+
+    module = make_module(optimizer=partial(Deaf, lr=1e-9))
+    module.source = type(module.source)("toy:llama", "bfloat16")
+    fit([NothingMoved(every_n_steps=2)], steps=2, module=module)
+    assert "bf16 weights lose updates" in caplog.text
+
+
+def test_warm_up_at_zero_and_freeze_windows_are_no_finding(caplog: pytest.LogCaptureFixture) -> None:
+    late = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: float(step >= 4))
+    fit([NothingMoved(every_n_steps=2)], steps=4, module=make_module(scheduler=late))
+    fit([NothingMoved(every_n_steps=2), BlockProgressive(steps_per_block=3)], steps=4)
+    assert "NothingMoved" not in caplog.text
+
+
+def test_a_band_counts_values_on_end_above_a_multiple_of_the_median() -> None:
+    def at(values: list[float], **kwargs: Any) -> list[int]:
+        band = Band(**{"factor": 3.0, "window": 4, "patience": 2, **kwargs})
+        return [n for n, value in enumerate(values) if band.leaves(value)]
+
+    assert at([1, 1, 1, 1, 4, 4, 4]) == [5]
+    assert at([1, 1, 1, 1, 4, 1, 4, 1]) == []
+    assert at([1, 9, 1, 9, 1, 9]) == []
+    assert at([1, 4, 4, 4]) == []  # nothing is known yet
+    assert at([1, 2, 4, 8, 16, 32, 64]) == [4]  # what grows is measured by what was before it
+    assert at([8, 4, 2, 1, 0.5, 0.25, 0.1, 2], patience=1) == [7]
+
+
+DIVERGENT = {"window": 4, "patience": 2, "every_n_steps": 2}
+
+
+def test_divergence_is_said_and_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    trainer, _ = fit([Louder(4), Divergence(**DIVERGENT)], steps=8)  # type: ignore[arg-type]
+    assert trainer.global_step == 8
+    assert caplog.text.count("Divergence: step 6: loss") == 1 and "the run goes on" in caplog.text
+
+
+def test_a_growing_gradient_is_noticed_where_it_is_clipped(caplog: pytest.LogCaptureFixture) -> None:
+    guard = Divergence(**DIVERGENT)  # type: ignore[arg-type]
+    fit([Grown(4), guard], steps=8, gradient_clip_val=1.0)
+    assert "Divergence: step 6: grad_norm" in caplog.text
+
+
+class Grown(Steer):
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step >= self.start:
+            for parameter in module.parameters():
+                parameter.grad.mul_(100)
+
+
+def test_a_freeze_window_that_closes_begins_the_norms_median_anew(caplog: pytest.LogCaptureFixture) -> None:
+    guard = Divergence(**{**DIVERGENT, "gradient_band": 1.01})  # type: ignore[arg-type]
+    most = ["q", "k", "v", "o", "gate", "up", "down"]
+    fit([FreezeWindow(roles=most, stop=4), guard], steps=6, gradient_clip_val=1.0)
+    assert "grad_norm" not in caplog.text
+
+
+def test_stop_ends_the_run_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    guard = Divergence(action="stop", **DIVERGENT)  # type: ignore[arg-type]
+    with pytest.raises(DivergenceError, match=r"step 6: loss .* stopped\. The last checkpoint, .*step=00000005.ckpt"):
+        fit([Louder(4), guard], tmp_path, steps=8)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("*"))[-1] == "step=00000005.ckpt"
+    with pytest.raises(DivergenceError, match="No checkpoint was saved"):
+        fit([Louder(4), Divergence(action="stop", **DIVERGENT)], steps=8)  # type: ignore[arg-type]
+
+
+def test_reduce_lr_scales_the_rest_of_the_schedule() -> None:
+    rates: list[list[float]] = []
+    for guard in ([], [Divergence(action="reduce_lr", factor=0.25, **DIVERGENT)]):  # type: ignore[arg-type]
+        module = make_module(scheduler=WarmupCosine, optimizer=SGD)
+        seen = Rates()
+        fit([Louder(4), *guard, seen], steps=8, module=module)
+        rates.append(seen.seen)
+    for step, (before, after) in enumerate(zip(*rates, strict=True)):
+        assert after == pytest.approx(before * (0.25 if step >= 6 else 1.0)), step
+
+
+class Rates(Steer):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def test_a_run_resumed_among_unread_losses_reduces_at_the_same_step(tmp_path: Path) -> None:
+    class Both(Louder, Divergence):
+        def __init__(self) -> None:
+            Louder.__init__(self, 4)
+            Divergence.__init__(self, action="reduce_lr", window=4, patience=2, every_n_steps=4)
+
+    def make() -> Any:
+        return Both()
+
+    assert resumed_ends_the_same(make, tmp_path, steps=10, at=6)
+    _, never = fit([Louder(4)], steps=10)
+    _, reduced = fit([make()], steps=10)
+    assert not same(state(never), state(reduced))
+
+
+def test_every_run_has_its_guards_and_a_listed_one_replaces_its_own() -> None:
+    def guards(*callbacks: Any) -> list[Any]:
+        return [c for c in api.make_trainer({}, None, callbacks).callbacks if isinstance(c, GUARDS)]  # type: ignore[attr-defined]
+
+    assert sorted(type(g).__name__ for g in guards()) == ["Divergence", "NothingMoved", "ZeroGradients"]
+    own = Divergence(action="stop")
+    assert own in guards(own) and len(guards(own)) == 3
+
+
+def test_the_guards_read_the_device_in_few_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    for name in ("tolist", "item", "__bool__", "__float__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, counted(original, read))
+    steps = itertools.count()
+    monkeypatch.setattr("kdqat.training.module.require_finite", lambda *_: next(steps))
+    per_step = []
+    for guards in ([], [guard() for guard in GUARDS]):
+        read.clear()
+        monkeypatch.setattr("kdqat.api.missing_guards", lambda _: [])
+        fit(guards, steps=20)
+        per_step.append(len(read))
+    assert 0 < per_step[1] - per_step[0] <= 3  # step 1's gradients, and twice ten losses
+
+
+def counted(original: Any, read: list[int]) -> Any:
+    def call(self: Any, *args: Any) -> Any:
+        read.append(1)
+        return original(self, *args)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: ZeroGradients(every_n_steps=0), "every_n_steps must be at least 1"),
+        (lambda: NothingMoved(share=1.0), "0 < share < 1"),
+        (lambda: Divergence(action="explode"), "action 'explode' is unknown"),  # type: ignore[arg-type]
+        (lambda: Divergence(band=1.0), "lie above 1"),
+        (lambda: Divergence(factor=1.0), "factor < 1"),
+        (lambda: Divergence(window=1), "window >= 2"),
+    ],
+)
+def test_arguments_are_checked(make: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
