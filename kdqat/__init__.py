@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize"),
     "kdqat.allocate": ("BitAllocator", "FromFile", "Uniform"),
+    "kdqat.callbacks": ("GradientLog", "OscillationLog", "SignalLog"),
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
     "kdqat.calibrate": ("Calibration",),
     "kdqat.evaluators": ("EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement"),
