@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize"),
+    "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize", "signals"),
     "kdqat.allocate": ("BitAllocator", "FromFile", "Uniform"),
     "kdqat.callbacks": ("GradientLog", "OscillationLog", "SignalLog"),
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),

@@ -1,4 +1,4 @@
-"""The verbs as functions: quantize, cache, fit, evaluate, export. The command line adds a run directory.
+"""The verbs as functions: quantize, cache, fit, evaluate, signals, export. The command line adds a run directory.
 
 student = kdqat.quantize("toy:llama", "W4A16_G32")
 student = kdqat.fit(student, data=kdqat.PythonDocs(seq_len=128), loss=kdqat.ForwardKL(), steps=50)
@@ -36,6 +36,7 @@ from kdqat.training import Checkpoints, CSVMetrics, KDQATModule, WarmupCosine, W
 from kdqat.training.edits import Observer, in_order
 from kdqat.training.fill import fill_cache
 from kdqat.training.gather import gather_student
+from kdqat.training.measure import signals as signals  # what a verb is, and too long for here
 from kdqat.training.planner import MemoryPlan
 from kdqat.training.planner import plan_memory as _plan_memory
 from kdqat.training.signals import SignalRecorder

@@ -44,14 +44,14 @@ def chosen_layers(
 def offer_batch(probe: Probe, saved: Any, trainer: L.Trainer, batch: Any) -> None:
     """Make sure that the probe has a batch: the one a checkpoint brought, or a corner of this one."""
     if probe.batch is None and saved is not None:
-        probe.batch = batch._replace(**dict(zip(batch._fields, saved, strict=False)), row_keys=None)
+        probe.take(saved)
     probe.offer(batch, partial(trainer.strategy.broadcast, src=0))
 
 
 def pass_of(probe: Probe, trainer: L.Trainer, module: Any) -> ProbePass:
     """This step's pass of the probe over all layers that it can see."""
     planned = module.student.layers
-    refs = probed_layers(module.split, [ref for ref in layer_refs(module.student.model) if ref.name in planned], planned)
+    refs = probed_layers(module.split, layer_refs(module.student.model), planned)
     return probe.at(
         trainer.global_step,
         module.split,

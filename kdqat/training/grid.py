@@ -33,9 +33,8 @@ class GridRows(NamedTuple):
     counts: tuple[int, ...]  # rows of each
     weights: Tensor  # [R, N, G] fp32, rotated where the spec says so
     scale: Tensor  # [R, N or 1, 1] as stored
-    level: Tensor  # [R, N, G]: the nearest level within the grid
-    distance: Tensor  # [R, N, G]: to it, in units of the level: what is clipped lies further away than half a gap
-    half: Tensor  # [R, N, G]: half the distance of neighbouring levels
+    codes: Tensor  # [R, N, G] int8: the nearest level's number in ascending order, see `_ranks`
+    offset: Tensor  # [R, N, G] fp32: how far that level is, 1 at the threshold to the next one; clipped: further
     spec: QuantSpec
 
     def mean(self, values: Tensor) -> Tensor:
@@ -49,17 +48,6 @@ class GridRows(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         """Two snapshots of one key are comparable weight by weight."""
         return tuple(ref.name for ref in self.refs), self.counts, self.spec
-
-    def ranks(self) -> Tensor:
-        """The level as its number in ascending order, from the middle of the grid, int8: no format has over 256."""
-        number = self.spec.number
-        if number.kind == "integer":
-            low, high = self.spec.qrange()
-            offset = 0.5 if self.spec.zero_point == "half" else 0.0
-            return (self.level - offset - round(low + high + 1 - 2 * offset) // 2).to(torch.int8)
-        values = number.levels if number.kind == "codebook" else number.code_values()
-        table = torch.tensor(sorted({value for value in values if math.isfinite(value)})).to(self.level)
-        return (torch.bucketize(self.level, table) - len(table) // 2).to(torch.int8)
 
 
 class _Rows(NamedTuple):
@@ -132,6 +120,18 @@ def _stack(items: list[_Rows]) -> GridRows:
     level = quantize(weights, QParams(scale, zero_point), grid, spec)
     steps = (weights - zero_point) / scale if spec.zero_point == "minimum" else weights / scale
     steps = steps + zero_point if spec.zero_point == "integer" else steps
-    distance = (steps - level).abs()
     half = half_gap(torch.minimum(torch.maximum(steps, low), high), level, grid)
-    return GridRows(tuple(item.ref for item in items), counts, weights, scale, level, distance, half, spec)
+    offset = (steps - level).abs() / half
+    return GridRows(tuple(item.ref for item in items), counts, weights, scale, _ranks(level, spec), offset, spec)
+
+
+def _ranks(level: Tensor, spec: QuantSpec) -> Tensor:
+    """Levels as numbers in ascending order, from the middle of the grid, int8: no format has more than 256."""
+    number = spec.number
+    if number.kind == "integer":
+        low, high = spec.qrange()
+        half = 0.5 if spec.zero_point == "half" else 0.0
+        return (level - half - round(low + high + 1 - 2 * half) // 2).to(torch.int8)
+    values = number.levels if number.kind == "codebook" else number.code_values()
+    table = torch.tensor(sorted({value for value in values if math.isfinite(value)})).to(level)
+    return (torch.bucketize(level, table) - len(table) // 2).to(torch.int8)

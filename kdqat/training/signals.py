@@ -1,8 +1,8 @@
 """What observers measured: buffered on the device, read once a step, written to RUN/signals.parquet and the loggers.
 
-A row of the file is one value: step, source ("gradient", "signal", "oscillation", "guard"), metric, block (-1 outside of
-blocks), role ("block": a block's own output, "attention": its attention weights, "": of the whole model), layer (full
-name) and value. Loggers get what a curve can show: per role the mean over its layers (of max_*: the maximum), as
+A row of the file is one value: step, source ("gradient", "signal", "oscillation", "guard"), metric, block (-1: outside
+of blocks), role ("block": a block's own output, "attention": its attention weights, "": of the whole model), layer
+(full name) and value. Loggers get what a curve can show: per role the mean over its layers (of max_*: the maximum), as
 grad/o/energy, and grad/all/energy over all roles. The loggers are called by step and not through `module.log`, whose
 values are only written at multiples of `log_every_n_steps`.
 

@@ -1,4 +1,4 @@
-"""The probe: teacher and student on one small fixed batch, apart from training, so that every layer can be looked at."""
+"""The probe: teacher and student on one small fixed batch, apart from training, to look at every layer."""
 
 from kdqat.training.probe.batch import cut
 from kdqat.training.probe.capture import Seen, watched

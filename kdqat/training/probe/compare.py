@@ -33,10 +33,8 @@ def compare(student: Seen, teacher: Seen, positions: Tensor | None = None) -> Va
     # where the teacher's dtype differs, so do the pairs
     pairs = {name: (teacher.outputs[name].detach(), output.detach()) for name, output in student.outputs.items()}
     parts = [_pair(names, *stacks) for names, stacks in stacked(pairs, positions)]
-    entropies = {"entropy": student.entropy, "teacher_entropy": teacher.entropy}
-    parts += [
-        {metric: ([name], _mean(values, positions)[None])} for metric, of in entropies.items() for name, values in of.items()
-    ]
+    for metric, entropies in (("entropy", student.entropy), ("teacher_entropy", teacher.entropy)):
+        parts += [{metric: ([name], _mean(values, positions)[None])} for name, values in entropies.items()]
     return joined(parts)
 
 

@@ -49,8 +49,9 @@ def reshard(split: nn.Module) -> None:
     """Let go of what FSDP2 gathered: of its root it keeps it for a backward pass, and would compute the next step with
     it even if the optimizer has moved the weights since."""
     for module in split.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()
+        sharded: Any = module
+        if hasattr(sharded, "reshard") and hasattr(sharded, "unshard"):
+            sharded.reshard()
 
 
 @contextmanager

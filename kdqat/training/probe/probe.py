@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from kdqat.losses import CrossEntropy, DistillLoss
@@ -112,22 +113,27 @@ class Probe:
             share: gives every rank what rank 0 has; collective.
         """
         if self.batch is None:
-            small = share([None if t is None else t.cpu() for t in cut(batch, self.num_rows, self.num_tokens)[:5]])
-            self.batch = Batch(*small)
+            self.take(share(_on_cpu(cut(batch, self.num_rows, self.num_tokens))))
+            assert self.batch is not None
         if self.batch.input_ids.device != batch.input_ids.device:
-            self.batch = Batch(*(None if t is None else t.to(batch.input_ids.device) for t in self.batch[:5]))
+            self.batch = move_data_to_device(self.batch, batch.input_ids.device)
+
+    def take(self, state: list[Tensor | None]) -> None:
+        """Take over a batch as `state` gave it."""
+        tensors: Any = state
+        self.batch = Batch(*tensors)
 
     def state(self) -> list[Tensor | None] | None:
         """The batch, for a checkpoint."""
-        return None if self.batch is None else [None if t is None else t.cpu() for t in self.batch[:5]]
+        return None if self.batch is None else _on_cpu(self.batch)
 
     def at(self, step: int, student: SplitModel, layers: Sequence[LayerRef], **arguments: Any) -> ProbePass:
         """The pass of `step`: made once, whoever asks; arguments as `probe_pass`."""
         if self._pass is None or self._pass[0] != step:
             assert self.batch is not None
             wanted = any(step % every == 0 for every in self.gradient_steps)
-            options = {"attention": self.attention, "gradients": wanted, "cross_entropy": self.cross_entropy}
-            self._pass = step, probe_pass(student, self.batch, [ref.name for ref in layers], **options, **arguments)
+            arguments |= {"attention": self.attention, "gradients": wanted, "cross_entropy": self.cross_entropy}
+            self._pass = step, probe_pass(student, self.batch, [ref.name for ref in layers], **arguments)
         return self._pass[1]
 
     def forget(self) -> None:
@@ -182,7 +188,7 @@ def probe_pass(
 
 
 def full_precision_energies(split: SplitModel, batch: Batch, names: Sequence[str], context: Context) -> Values:
-    """Energies of the cross-entropy's gradient in the full-precision model: the teacher's, under the teacher's names."""
+    """Energies of the cross-entropy's gradient in the full-precision model, the teacher's."""
     with context(), plainly(split), full_precision(split), torch.enable_grad():
         with watched(split.model, names, differentiable=True) as seen:
             outputs = split(batch)
@@ -198,6 +204,11 @@ def energies_of(
     factor = FP16_SCALE if student.hidden.dtype == torch.float16 else 1.0
     scale = parts.num.clamp(min=1) * factor
     return gradient_energies(parts.sum * factor, scale, seen, keep_graph=keep_graph)
+
+
+def _on_cpu(batch: Batch) -> list[Tensor | None]:
+    """Its tensors; row keys are a cached teacher's affair."""
+    return [None if tensor is None else tensor.cpu() for tensor in batch[:5]]
 
 
 def _plain_name(name: str) -> str:
