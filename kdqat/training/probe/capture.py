@@ -51,6 +51,8 @@ def watched(
     def keep(name: str, is_layer: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], answer: Any) -> Any:
             output = answer[0] if isinstance(answer, tuple) else answer
+            if output.ndim != 3:  # not of every token: BERT's pooler
+                return None
             if not differentiable or not is_layer:
                 seen.outputs[name] = output.detach()
                 return None
