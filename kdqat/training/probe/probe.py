@@ -14,7 +14,7 @@ them), and a few fp32 tensors [tokens, vocabulary].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -167,23 +167,26 @@ def probe_pass(
     eager = attention or "attentions" in wants
     answer: Any = None
     theirs: Seen | None = None
-    with context():
+    with ExitStack() as until_all_is_known:  # a teacher's head is called by the loss
+        until_all_is_known.enter_context(context())
         if teacher is not None:
             split = live_split(teacher, "the probe")
             renamed = {_plain_name(name): name for name in names}
-            with plainly(split, eager_attention=eager), watched(split.model, renamed, attention=attention) as seen:
+            until_all_is_known.enter_context(plainly(split, eager_attention=eager))
+            with watched(split.model, renamed, attention=attention) as seen:
                 answer = teacher.outputs(batch, wants)
             outputs = {renamed.get(name, name): output for name, output in seen.outputs.items()}
             theirs = seen._replace(outputs=outputs)
-        with plainly(student, eager_attention=eager), torch.set_grad_enabled(gradients):
-            with watched(student.model, names, attention=attention, differentiable=gradients) as ours:
-                outputs_of_student = student(batch, wants)
-            of_loss: Values = {}
-            of_labels: Values = {}
-            if gradients and loss is not None:
-                of_loss = energies_of(loss, outputs_of_student, answer, batch, ours, keep_graph=cross_entropy)
-            if gradients and cross_entropy:
-                of_labels = energies_of(CrossEntropy(), outputs_of_student, None, batch, ours)
+        until_all_is_known.enter_context(plainly(student, eager_attention=eager))
+        until_all_is_known.enter_context(torch.set_grad_enabled(gradients))
+        with watched(student.model, names, attention=attention, differentiable=gradients) as ours:
+            outputs_of_student = student(batch, wants)
+        of_loss: Values = {}
+        of_labels: Values = {}
+        if gradients and loss is not None:
+            of_loss = energies_of(loss, outputs_of_student, answer, batch, ours, keep_graph=cross_entropy)
+        if gradients and cross_entropy:
+            of_labels = energies_of(CrossEntropy(), outputs_of_student, None, batch, ours)
     return ProbePass(ours, theirs, of_loss, of_labels)
 
 
