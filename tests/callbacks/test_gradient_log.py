@@ -58,7 +58,7 @@ def test_energies_are_squared_norms_before_clipping(accumulate: int) -> None:
 
 
 def test_signal_to_noise_follows_from_the_mean_gradients_of_one_micro_batch_and_of_the_step() -> None:
-    values, witness = logged(GradientLog(every_n_steps=1, probe_every_n_steps=None), accumulate_grad_batches=4)
+    values, _ = logged(GradientLog(every_n_steps=1, probe_every_n_steps=None), accumulate_grad_batches=4)
     assert set(name for _, name, _ in values) == {"energy", "energy_per_element", "snr", "update_ratio"}
     one, all_of_them = logged(GradientLog(every_n_steps=1, probe_every_n_steps=None), BATCHES[:1])[1], joined(BATCHES)
     whole = logged(GradientLog(every_n_steps=1, probe_every_n_steps=None), [all_of_them])[1]

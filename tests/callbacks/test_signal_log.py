@@ -90,7 +90,9 @@ def test_the_probe_batch_is_the_same_after_a_resume(tmp_path: Path) -> None:
 
 def test_a_teacher_of_another_shape_is_refused_by_name() -> None:
     student, teacher = (Seen({"model.layers.0": torch.zeros(1, 2, width)}, {}, {}) for width in (3, 4))
-    with pytest.raises(ValueError, match=r"model\.layers\.0 answers \(1, 2, 3\).*teacher of the student's architecture"):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0 answers \(1, 2, 3\).*teacher of the student's architecture"
+    ):
         compare(student, teacher)
 
 

@@ -42,9 +42,7 @@ def test_it_prints_a_table_and_an_answer_and_writes_them(recipe: Path, capsys: p
     assert {row["metric"] for row in content["rows"]} >= {"sqnr_db", "ce_weight_energy_ratio"}
 
 
-def test_it_refuses_its_own_output_unless_it_may_overwrite_it(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_refuses_its_own_output_unless_it_may_overwrite_it(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("signals", recipe) == 0
     capsys.readouterr()
     assert call("signals", recipe) == 2

@@ -11,9 +11,10 @@ import torch
 
 from tests.distributed.runs import DDP, SHARDED, SINGLE, Jobs, checkpoint, curve, fsdp2
 
+# SignalLog's own passes are without gradients: no backward pass shards again what they gathered
 OBSERVERS: tuple[dict[str, Any], ...] = (
     {"class_path": "GradientLog", "init_args": {"every_n_steps": 2, "probe_every_n_steps": 2, "num_tokens": 40}},
-    {"class_path": "SignalLog", "init_args": {"every_n_steps": 2, "num_tokens": 40}},
+    {"class_path": "SignalLog", "init_args": {"every_n_steps": 1, "num_tokens": 40}},
     {"class_path": "OscillationLog", "init_args": {"every_n_steps": 2, "max_rows": None}},
 )
 STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {"ddp": (DDP, {}), "fsdp2": (fsdp2(), SHARDED)}
