@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from kdqat.callbacks import GradientLog
 from kdqat.training.edits import Observer
@@ -108,6 +109,18 @@ def test_the_ratio_to_the_full_precision_model_is_one_where_nothing_is_rounded()
     (recorder,) = (c for c in trainer.callbacks if isinstance(c, SignalRecorder))
     ratios = [row["value"] for row in recorder.table().to_pylist() if row["metric"] == "ce_weight_energy_ratio"]
     assert len(ratios) == 14 and ratios == pytest.approx([1.0] * 14, rel=1e-4)
+
+
+def test_the_loss_scale_of_fp16_is_divided_out() -> None:
+    numbers = []
+    for precision in (None, MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))):
+        log = GradientLog(every_n_steps=1, num_tokens=8)
+        plugins = {} if precision is None else {"plugins": [precision]}
+        values, _ = logged(log, accumulate_grad_batches=4, **plugins)
+        numbers.append({key: value for key, value in values.items() if "down" in key[2] and key[1] != "update_ratio"})
+    assert {metric for _, metric, _ in numbers[0]} >= {"energy", "snr", "probe_weight_energy"}
+    for key, value in numbers[0].items():
+        assert numbers[1][key] == pytest.approx(value, rel=0.1), key
 
 
 def test_the_loss_scale_is_that_of_fp16_only() -> None:

@@ -75,8 +75,8 @@ def test_the_probe_batch_is_the_same_after_a_resume(tmp_path: Path) -> None:
             trainer = api.make_trainer(args, tmp_path / name)
             module = make_module(scheduler=None)
             newest = sorted((tmp_path / name).glob("checkpoints/step=*.ckpt"))
-            # the second run begins with another batch than the first
-            trainer.fit(module, Loader(batches), ckpt_path=newest[-1] if newest else None, weights_only=True)
+            others = Loader(batches[::-1] if newest else batches)  # the second run begins with another batch
+            trainer.fit(module, others, ckpt_path=newest[-1] if newest else None, weights_only=True)
         return pq.read_table(tmp_path / name / "signals.parquet").to_pylist()
 
     def teacher_of_last(rows: list[dict[str, Any]]) -> dict[str, float]:

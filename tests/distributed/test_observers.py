@@ -60,8 +60,10 @@ def test_two_processes_log_the_numbers_of_one(name: str, jobs: Jobs, single_obse
     assert ours.keys() == theirs.keys()
     compared = 0
     for key, value in theirs.items():
-        # one code more or less flips where weights differ in the last bit; two batch sizes are others on two ranks
-        if key[1] not in ("snr", "flipped", "oscillating", "near_threshold", "clipped"):
+        if key[1] == "snr":  # FSDP2's first micro-batch has both ranks' tokens, DDP's its own: other batch sizes
+            assert name == "ddp" or ours[key] == pytest.approx(value, rel=2e-2), key
+        # one code more or less flips where weights differ in the last bit
+        elif key[1] not in ("flipped", "oscillating", "near_threshold", "clipped"):
             assert ours[key] == pytest.approx(value, rel=2e-3, abs=1e-12), key
             compared += 1
     assert compared > 500
