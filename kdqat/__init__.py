@@ -11,15 +11,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize"),
+    "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize", "signals"),
     "kdqat.allocate": ("BitAllocator", "FromFile", "Uniform"),
     "kdqat.callbacks": (
         "BlockProgressive",
         "Divergence",
         "Freeze",
         "FreezeWindow",
+        "GradientLog",
         "NothingMoved",
+        "OscillationLog",
         "ScalesFirst",
+        "SignalLog",
         "ZeroGradients",
     ),
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),

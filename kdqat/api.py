@@ -1,4 +1,4 @@
-"""The verbs as functions: quantize, cache, fit, evaluate, export. The command line adds a run directory.
+"""The verbs as functions: quantize, cache, fit, evaluate, signals, export. The command line adds a run directory.
 
 student = kdqat.quantize("toy:llama", "W4A16_G32")
 student = kdqat.fit(student, data=kdqat.PythonDocs(seq_len=128), loss=kdqat.ForwardKL(), steps=50)
@@ -33,11 +33,13 @@ from kdqat.quant import LSQ, QuantizerFactory
 from kdqat.spec import LayerScheme
 from kdqat.student import Student, prepare_student
 from kdqat.training import Checkpoints, CSVMetrics, KDQATModule, WarmupCosine, WholeFileIO
-from kdqat.training.edits import in_order
+from kdqat.training.edits import Observer, in_order
 from kdqat.training.fill import fill_cache
 from kdqat.training.gather import gather_student
+from kdqat.training.measure import signals as signals  # what a verb is, and too long for here
 from kdqat.training.planner import MemoryPlan
 from kdqat.training.planner import plan_memory as _plan_memory
+from kdqat.training.signals import SignalRecorder
 from kdqat.training.trainable import Trainable
 
 log = logging.getLogger(__name__)
@@ -195,6 +197,7 @@ def make_trainer(args: dict[str, Any], run: Path | None, callbacks: Sequence[L.C
         args.setdefault("logger", [TensorBoardLogger(str(run), name="tensorboard", version=""), CSVMetrics(str(run))])
     else:
         args = {"logger": False, "enable_checkpointing": False, **args}
+    mine += [SignalRecorder(run)] if _has(mine, Observer) and not _has(mine, SignalRecorder) else []
     args.setdefault("log_every_n_steps", 10 if args.get("max_steps", -1) > 100 else 1)
     args.setdefault("num_sanity_val_steps", 0)
     args |= {

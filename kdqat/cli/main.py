@@ -22,6 +22,7 @@ VERBS = {
     "fit": "train it against its teacher, evaluate, export        -> student/ eval.json export/",
     "validate": "KL and perplexity on the recipe's validation rows     -> validation.json",
     "eval": "perplexity and agreement with the teacher             -> eval.json",
+    "signals": "what quantization does to every layer's signal        -> signals.json",
     "export": "write the formats of the recipe                       -> export/FORMAT/",
     "generate": "let a run's student continue a prompt",
     "report": "what is in a run directory, without loading torch",
@@ -54,6 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "cache":
             continue
         verb.add_argument("--overwrite", action="store_true", help="replace this verb's earlier output")
+        if name == "signals":
+            verb.add_argument("--text", default="python_docs:heldout", help="what both models read")
+            verb.add_argument("--num_rows", type=int, default=8, help="rows of it")
+            verb.add_argument("--num_tokens", type=int, default=256, help="tokens of each")
         if name == "fit":
             verb.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
             verb.add_argument("--dry_run", action="store_true", help="print memory and time of the run; run nothing")

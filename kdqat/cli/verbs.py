@@ -25,13 +25,14 @@ from kdqat.cli.session import (
     start,
     student_folder,
 )
+from kdqat.cli.signals import signals
 from kdqat.exporters import Exporter
 from kdqat.student import Student, load_student
 from kdqat.training import newest_complete
 from kdqat.training.gather import gather_student
 from kdqat.training.planner import describe, print_plan
 
-__all__ = ["cache", "eval", "export", "fit", "generate", "quantize", "validate"]
+__all__ = ["cache", "eval", "export", "fit", "generate", "quantize", "signals", "validate"]
 
 
 def quantize(options: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -2,10 +2,11 @@
 
     runs/NAME/  recipe.yaml  environment.json  every verb
                 prepared/                      quantize
-                checkpoints/ metrics.csv       fit (resume here), with tensorboard/
+                checkpoints/ metrics.csv       fit (resume here), with tensorboard/, signals.parquet
                 student/ baseline.json         fit
                 validation.json                validate
                 eval.json                      eval, fit
+                signals.json                   signals
                 export/FORMAT/                 export, fit
 
 A verb refuses when its own output exists; a recipe that differs from the stored one in a section that an earlier verb
@@ -32,9 +33,10 @@ from kdqat.files import write_text
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "quantize": ("prepared",),
-    "fit": ("checkpoints", "student", "metrics.csv", "tensorboard"),
+    "fit": ("checkpoints", "student", "metrics.csv", "tensorboard", "signals.parquet"),
     "validate": ("validation.json",),
     "eval": ("eval.json",),
+    "signals": ("signals.json",),
     "export": ("export",),
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -46,9 +48,11 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "fit": ("seed_everything", "model", "data", "trainer"),
     "validate": (),
     "eval": (),
+    "signals": (),
     "export": (),
 }
-_MEASURED = ("eval.json", "validation.json")  # numbers about a student that is no longer there, once it is overwritten
+# numbers about a student that is no longer there, once it is overwritten
+_MEASURED = ("eval.json", "validation.json", "signals.json")
 _PACKAGES = ("kdqat", "torch", "transformers", "lightning", "jsonargparse", "safetensors", "gguf")
 
 

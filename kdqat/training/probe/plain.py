@@ -1,0 +1,68 @@
+"""Running a model as it is written: no compiled blocks, nothing recomputed, no dropout; all put back afterwards.
+
+Hooks inside a compiled block would compile it anew, and inside a checkpointed one run twice. In evaluation mode neither
+transformers nor `parallel.py` checkpoints, so the modules' `training` flags are all that says so. What a plan has as
+`deploy_only` is on, as it will be in deployment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from kdqat.models import SplitModel
+
+_COMPILED = "_compiled_call_impl"  # where torch.compile in place leaves its code
+
+
+@contextmanager
+def plainly(split: SplitModel, *, eager_attention: bool = False) -> Iterator[None]:
+    """Inside, `split` runs uncompiled, uncheckpointed and in evaluation mode; draws no random number.
+
+    Args:
+        eager_attention: attention that gives its weights away.
+    """
+    training = [module for module in split.modules() if module.training]
+    compiled = [(module, module.__dict__.pop(_COMPILED)) for module in split.modules() if _COMPILED in module.__dict__]
+    config: Any = split.model.config
+    attention = config._attn_implementation
+    for module in training:
+        module.training = False  # not .eval(), which calls every module's children again
+    if eager_attention:
+        split.use_eager_attention()
+    try:
+        yield
+    finally:
+        if eager_attention:
+            split.model.set_attn_implementation(attention)  # type: ignore[operator]
+        for module, call in compiled:
+            module.__dict__[_COMPILED] = call
+        for module in training:
+            module.training = True
+        reshard(split)
+
+
+def reshard(split: nn.Module) -> None:
+    """Let go of what FSDP2 gathered: of its root it keeps it for a backward pass, and would compute the next step with
+    it even if the optimizer has moved the weights since."""
+    for module in split.modules():
+        sharded: Any = module
+        if hasattr(sharded, "reshard") and hasattr(sharded, "unshard"):
+            sharded.reshard()
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[bool]:
+    """Inside, FSDP2's parameters of `module` (not of modules that are sharded themselves) are whole, on every rank;
+    yields whether it is sharded at all."""
+    sharded: Any = module if hasattr(module, "unshard") and hasattr(module, "reshard") else None
+    if sharded is not None:
+        sharded.unshard()
+    try:
+        yield sharded is not None
+    finally:
+        if sharded is not None:
+            sharded.reshard()

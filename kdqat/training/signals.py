@@ -1,0 +1,172 @@
+"""What observers measured: buffered on the device, read once a step, written to RUN/signals.parquet and the loggers.
+
+A row of the file is one value: step, source ("gradient", "signal", "oscillation", "guard"), metric, block (-1: outside
+of blocks), role ("block": a block's own output, "attention": its attention weights, "": of the whole model), layer
+(full name) and value. Loggers get what a curve can show: per role the mean over its layers (of max_*: the maximum), as
+grad/o/energy, and grad/all/energy over all roles. The loggers are called by step and not through `module.log`, whose
+values are only written at multiples of `log_every_n_steps`.
+
+The step is the number of optimizer steps made before: a row of step 0 is about the student before its first update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from kdqat.files import whole_file
+from kdqat.training.edits import Observer
+from kdqat.training.grid import GridRows
+from kdqat.training.probe import Probe
+from kdqat.types import LayerRef
+
+FILE = "signals.parquet"
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("source", pa.string()),
+        ("metric", pa.string()),
+        ("block", pa.int32()),
+        ("role", pa.string()),
+        ("layer", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+PREFIX = {"gradient": "grad"}  # of the loggers' names; a source stands for itself otherwise
+
+
+class _Pending(NamedTuple):
+    step: int
+    source: str
+    metric: str
+    places: Sequence[LayerRef]
+    values: Tensor
+
+
+class SignalRecorder(Observer):
+    """Collects what the observers of one run measure; `make_trainer` adds it where there are observers.
+
+    Args:
+        run: the run directory; None keeps everything in memory.
+
+    Attributes:
+        grid: rows of the weights on their grid at one moment, for all observers that look at them.
+    """
+
+    def __init__(self, run: Path | None = None) -> None:
+        self.path = None if run is None else Path(run) / FILE
+        self.grid: dict[Any, list[GridRows]] = {}
+        self._probes: dict[tuple[int, int], Probe] = {}
+        self._pending: list[_Pending] = []
+        self._tables: list[pa.Table] = []
+
+    def probe(self, num_rows: int, num_tokens: int) -> Probe:
+        """The run's probe of this size: one for all who ask."""
+        return self._probes.setdefault((num_rows, num_tokens), Probe(num_rows, num_tokens))
+
+    def add(self, step: int, source: str, metric: str, places: Sequence[LayerRef], values: Tensor) -> None:
+        """Note `values` [L] of `places`, on whatever device; nothing waits for it.
+
+        A value of the whole model belongs to LayerRef("", None, "", ()).
+        """
+        self._pending.append(_Pending(step, source, metric, places, values.detach().double()))
+
+    def table(self) -> pa.Table:
+        """All rows so far, by SCHEMA."""
+        self._read()
+        self._tables = [pa.concat_tables(self._tables)] if self._tables else [SCHEMA.empty_table()]
+        return self._tables[0]
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._tables, self._pending = [], []
+        if self.path is not None and self.path.is_file() and trainer.global_step and trainer.is_global_zero:
+            before = pq.read_table(self.path, schema=SCHEMA)
+            self._tables = [before.filter(pyarrow.compute.less(before["step"], trainer.global_step))]
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self._forget()  # observers come in their order, and this one last
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.grid = {}
+        if not self._pending:
+            return
+        if not trainer.is_global_zero:
+            self._pending = []
+            return
+        table = self._read()
+        for step, numbers in _curves(table).items():
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self._write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._write(trainer)
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self._probes, self.grid = {}, {}
+
+    def _forget(self) -> None:
+        for probe in self._probes.values():
+            probe.forget()
+
+    def _read(self) -> pa.Table:
+        """Bring what is pending to the CPU, at once."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return SCHEMA.empty_table()
+        values = torch.cat([item.values.flatten() for item in pending]).tolist()
+        columns: list[list[Any]] = [[] for _ in SCHEMA]
+        for item in pending:
+            for ref in item.places:
+                block = -1 if ref.block is None else ref.block
+                row = (item.step, item.source, item.metric, block, ref.role, ref.name)
+                for column, cell in zip(columns, row, strict=False):
+                    column.append(cell)
+        columns[-1] = values
+        self._tables.append(pa.table(columns, schema=SCHEMA))
+        return self._tables[-1]
+
+    def _write(self, trainer: L.Trainer) -> None:
+        if self.path is None or not trainer.is_global_zero:
+            return
+        table = self.table()
+        if len(table):
+            with whole_file(self.path) as part:
+                pq.write_table(table, part)
+
+
+def recorder_of(trainer: L.Trainer, who: str) -> SignalRecorder:
+    """
+    Raises:
+        ValueError: if the trainer has none.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SignalRecorder):
+            return callback
+    raise ValueError(f"{who} needs a SignalRecorder behind it: make the trainer with kdqat.fit or api.make_trainer")
+
+
+def _curves(table: pa.Table) -> dict[int, dict[str, float]]:
+    """What loggers get, by step."""
+    values: dict[tuple[int, str, str, str], list[float]] = {}
+    for row in table.to_pylist():
+        for role in {row["role"] or "all", *(["all"] if row["role"] not in ("block", "attention") else [])}:
+            values.setdefault((row["step"], row["source"], role, row["metric"]), []).append(row["value"])
+    steps: dict[int, dict[str, float]] = {}
+    for (step, source, role, metric), several in values.items():
+        numbers = [value for value in several if not math.isnan(value)]
+        if numbers:
+            value = max(numbers) if "max_" in metric else sum(numbers) / len(numbers)
+            steps.setdefault(step, {})[f"{PREFIX.get(source, source)}/{role}/{metric}"] = value
+    return steps

@@ -1,0 +1,30 @@
+"""Rows of a probe's pass: which place of the model a value is of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kdqat.training.probe import ProbePass, compare
+from kdqat.training.probe.capture import attention_refs, block_refs
+from kdqat.types import Batch, LayerRef
+
+
+def places_of(model: nn.Module, refs: Sequence[LayerRef]) -> dict[str, LayerRef]:
+    """Layers, blocks and attention modules by the names under which a pass knows them."""
+    return {ref.name: ref for ref in (*refs, *block_refs(model), *attention_refs(model))}
+
+
+def signal_values(
+    seen: ProbePass, batch: Batch, places: Mapping[str, LayerRef]
+) -> Iterator[tuple[str, list[LayerRef], Tensor]]:
+    """Metric, places and values [L] of student against teacher; padding is left out."""
+    assert seen.teacher is not None
+    positions = None if batch.attention_mask is None else batch.attention_mask.flatten().nonzero().squeeze(1)
+    for metric, (names, values) in compare(seen.student, seen.teacher, positions).items():
+        kept = [i for i, name in enumerate(names) if name in places]
+        if kept:
+            index = torch.tensor(kept, device=values.device)
+            yield metric, [places[names[i]] for i in kept], values[index]
