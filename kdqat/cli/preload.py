@@ -1,18 +1,12 @@
-"""What every run imports sooner or later, imported once: `reuse_imports` of a study forks its runs from here.
+"""What every run imports, imported once: `reuse_imports` of a study forks its runs from here.
 
-Nothing here may touch CUDA, start a thread or draw a random number; torchao's remarks about its kernels are kept quiet.
+Only what starts neither CUDA nor threads of its own: whoever imports transformers' models also imports torchao, which
+asks for the GPU's capability, and a process in which CUDA was started cannot be forked.
 """
 
-import importlib
-import logging
+import gguf  # noqa: F401
+import tensorboard.summary.writer.event_file_writer  # noqa: F401
+import torch._dynamo
+import torch.utils.tensorboard  # noqa: F401
 
-for name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(name).setLevel(logging.ERROR)
-for name in (
-    "kdqat.cli.verbs",
-    "tensorboard.summary.writer.event_file_writer",
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-    "transformers.models.llama.modeling_llama",
-):
-    importlib.import_module(name)
+import kdqat.cli.verbs  # noqa: F401

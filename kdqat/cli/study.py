@@ -8,12 +8,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 
 from kdqat.study import Study, Trial, planned, read_study, run_study, variations
+from kdqat.study.launch import Forked, Fresh
 from kdqat.study.results import Results
 
 
@@ -27,7 +29,8 @@ def study(options: argparse.Namespace, rest: Sequence[str], main: Callable[[list
     console = Console(highlight=False, soft_wrap=True)
     if options.dry_run:
         return dry_run(asked, console)
-    return run_study(asked, console, verb=main, preload="kdqat.cli.preload", screen_only=options.screen_only)
+    launch = partial(Forked, verb=main, preload="kdqat.cli.preload") if asked.reuse_imports else Fresh
+    return run_study(asked, console, launch, screen_only=options.screen_only)
 
 
 def dry_run(asked: Study, console: Console) -> int:

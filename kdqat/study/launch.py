@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,13 @@ class Child(Protocol):
     def pid(self) -> int | None: ...
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
+
+
+class Launcher(Protocol):
+    """What starts runs."""
+
+    def start(self, arguments: list[str], environment: Mapping[str, str], log: Path) -> Child:
+        """Start `kdqat arguments...` with more environment variables, its output in `log`."""
 
 
 class Fresh:
@@ -136,17 +143,25 @@ def claim(out: Path) -> Any:
     return lock
 
 
-def slots(recipe: Mapping[str, Any], workers: int | None, per_gpu: int) -> list[dict[str, str]]:
+def devices(recipe: Mapping[str, Any]) -> int:
+    """How many GPUs a run of this recipe wants: trainer.devices where it is a number."""
+    asked = (recipe.get("trainer") or {}).get("devices")
+    return asked if isinstance(asked, int) and asked > 0 else 1
+
+
+def slots(gpus: Sequence[str], workers: int | None, per_gpu: int, each: int = 1) -> list[dict[str, str]]:
     """The environment of every run that goes on at once.
 
     Args:
-        recipe: says with trainer.accelerator whether GPUs are used, and with trainer.devices how many each.
-        workers: at most so many; None: as many as GPUs allow, or one.
+        gpus: those there are; without any, runs share the CPU.
+        workers: at most so many runs; None: as many as GPUs allow, or one.
+        each: GPUs of one run.
+
+    Raises:
+        ValueError: if a run wants more GPUs than there are.
     """
-    trainer = recipe.get("trainer") or {}
-    each = trainer.get("devices")
-    each = each if isinstance(each, int) and each > 0 else 1
-    gpus = [] if trainer.get("accelerator") == "cpu" else visible_gpus()
+    if gpus and len(gpus) < each:
+        raise ValueError(f"trainer.devices: {each} GPUs a run, and this machine has {len(gpus)}")
     places = [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)]
     if places:
         found = [{"CUDA_VISIBLE_DEVICES": place} for _ in range(per_gpu) for place in places][:workers]

@@ -9,24 +9,17 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
 from kdqat.study.expand import Trial
 from kdqat.study.file import Study
-from kdqat.study.launch import Child
+from kdqat.study.launch import Child, Launcher
 from kdqat.study.results import Results, measured
 
 POLL_SECONDS = 0.1
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # a run that was told to stop, not one that failed
-
-
-class Launcher(Protocol):
-    """See `kdqat.study.launch`."""
-
-    def start(self, arguments: list[str], environment: Mapping[str, str], log: Path) -> Child: ...
 
 
 @dataclass

@@ -7,7 +7,7 @@ of a run, so the first steps of a short run are not those of a long one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,23 +15,22 @@ from rich.console import Console
 from kdqat.files import write_text
 from kdqat.study.expand import Trial, Variation, trials, variations
 from kdqat.study.file import Study
-from kdqat.study.launch import Forked, Fresh, Verb, claim, slots
+from kdqat.study.launch import Fresh, Launcher, claim, devices, slots, visible_gpus
 from kdqat.study.plot import draw
 from kdqat.study.results import Results
-from kdqat.study.runner import Launcher, Stop, run_all
+from kdqat.study.runner import Stop, run_all
 from kdqat.study.screen import metric_of, survivors
-from kdqat.study.settings import read_mapping
 from kdqat.study.summary import Row, as_json, as_markdown, print_rich, rows, table
 
+Launch = Callable[[Any], Launcher]
 ByVariation = dict[str, list[dict[str, Any]]]
 
 
-def run_study(study: Study, console: Console, *, verb: Verb, preload: str, screen_only: bool = False) -> int:
+def run_study(study: Study, console: Console, launch: Launch = Fresh, *, screen_only: bool = False) -> int:
     """Run what is not done, write study.md, study.json and study.png, print the tables.
 
     Args:
-        verb: what a forked run calls with its arguments.
-        preload: the module that forked runs have in common.
+        launch: makes what starts runs, given the lock that each of them holds.
         screen_only: leave the full runs for the next call.
 
     Returns:
@@ -42,16 +41,21 @@ def run_study(study: Study, console: Console, *, verb: Verb, preload: str, scree
     """
     which = variations(study)
     results = Results(study.out)
-    for trial in planned(study, which):  # what changed is said before anything runs
+    runs = planned(study, which)
+    for trial in runs:  # what changed is said before anything runs
         results.read(trial)
-    places = slots(read_mapping(study.recipe), study.workers, study.workers_per_gpu)
+    each = max(devices(trial.recipe) for trial in runs)
+    if study.reuse_imports and each > 1:
+        raise ValueError(f"reuse_imports: a run on {each} GPUs starts processes of its own; leave reuse_imports out")
+    on_cpu = all((trial.recipe.get("trainer") or {}).get("accelerator") == "cpu" for trial in runs)
+    places = slots([] if on_cpu else visible_gpus(), study.workers, study.workers_per_gpu, each)
     if study.workers and len(places) < study.workers:
         console.print(f"{study.workers} workers asked for, {len(places)} fit on the GPUs of this machine")
     lock = claim(study.out)
     stop = Stop()
     failures: list[dict[str, Any]] = []
     try:
-        launcher: Launcher = Forked(lock, verb, preload) if study.reuse_imports else Fresh(lock)
+        launcher = launch(lock)
         with stop.listening():
             going = which
             if study.screen:
@@ -60,7 +64,8 @@ def run_study(study: Study, console: Console, *, verb: Verb, preload: str, scree
                 metric = metric_of(study, study.screen)
                 failures += run_all(study, short, results, launcher, places, stop, console, metric)
                 going = survivors(study, study.screen, which, finished(results, short))
-                console.print(f"{len(going)} of {len(which)} variations go on; they start anew", highlight=False)
+                if not stop.received:
+                    console.print(f"{len(going)} of {len(which)} variations go on; they start anew")
             if not stop.received and not screen_only:
                 full = trials(study, going, "full")
                 failures += run_all(study, full, results, launcher, places, stop, console, study.metric)
