@@ -67,7 +67,7 @@ def run_all(
         metric: shown for every run that ends.
 
     Returns:
-        The results of runs that failed.
+        The results of runs that failed, and of those that somebody else stopped; the latter are not recorded.
     """
     done = [trial for trial in trials if results.done(trial)]
     for trial in done:
@@ -98,6 +98,8 @@ def run_all(
                 result = _ended(run, seconds, results, study.keep)
                 if result is None:
                     console.print(f"stopped {run.trial.name}")
+                    if not stop.received:  # by somebody else
+                        failures.append({"name": run.trial.name, "why": "it was told to stop", "log": []})
                     continue
                 times.append(seconds)
                 failures += [result] if result["status"] == "failed" else []
