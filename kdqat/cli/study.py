@@ -26,7 +26,7 @@ def study(options: argparse.Namespace, rest: Sequence[str], main: Callable[[list
     asked = read_study(options.study)
     given = {"workers": options.workers, "workers_per_gpu": options.workers_per_gpu}
     asked = replace(asked, **{key: value for key, value in given.items() if value is not None})
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     if options.dry_run:
         return dry_run(asked, console)
     launch = partial(Forked, verb=main, preload="kdqat.cli.preload") if asked.reuse_imports else Fresh
@@ -49,13 +49,13 @@ def dry_run(asked: Study, console: Console) -> int:
         left += state != "done"
         if trial.stage == "full" and asked.screen and state != "done":
             state = "if it survives"
-        console.print(f"{trial.stage:6}  {state:14}  {trial.name}", markup=False)
+        console.print(f"{trial.stage:6}  {state:14}  {trial.name}")
     note = ""
     if asked.screen:
         count = sum(trial.stage == "screen" for trial in runs)
         within = f" in each {' and '.join(asked.screen.per)}" if asked.screen.per else ""
         note = f": {count} short runs, then the best {asked.screen.keep}{within}, which start anew"
-    console.print(f"{len(which)} variations, {len(runs)} runs at most, {left} of them not done{note}", markup=False)
+    console.print(f"{len(which)} variations, {len(runs)} runs at most, {left} of them not done{note}")
     problems = _parse([next(t for t in runs if t.variation == variation) for variation in which])
     if problems:
         raise ValueError(f"{len(problems)} recipes cannot be parsed, the first one: {problems[0]}")

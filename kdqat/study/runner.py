@@ -112,8 +112,7 @@ def run_all(
                 )
                 console.print(
                     f"[{len(trials) - left}/{len(trials)}] {run.trial.name}: {text}, {seconds:.0f} s; "
-                    f"{left} left, about {minutes:.0f} min",
-                    markup=False,
+                    f"{left} left, about {minutes:.0f} min"
                 )
             if not ended:
                 time.sleep(POLL_SECONDS)

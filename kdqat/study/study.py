@@ -30,6 +30,7 @@ def run_study(study: Study, console: Console, launch: Launch = Fresh, *, screen_
     """Run what is not done, write study.md, study.json and study.png, print the tables.
 
     Args:
+        console: with markup off, for what is printed has brackets in it.
         launch: makes what starts runs, given the lock that each of them holds.
         screen_only: leave the full runs for the next call.
 
@@ -73,7 +74,7 @@ def run_study(study: Study, console: Console, launch: Launch = Fresh, *, screen_
         lock.close()
     summarize(study, which, results, console, failures)
     if not study.keep:
-        console.print("weights of finished runs are deleted, numbers and logs stay (keep: \\[student] keeps them)")
+        console.print("weights of finished runs are deleted, numbers and logs stay (keep: [student] keeps them)")
     if stop.received:
         console.print("stopped; the same command goes on")
         return 128 + stop.received[0]

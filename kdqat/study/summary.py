@@ -123,7 +123,7 @@ def as_markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def print_rich(console: Console, title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """A table on the terminal; Markdown where there is none."""
     if not console.is_terminal:
-        console.print(f"{title}\n\n{as_markdown(columns, lines)}\n", markup=False, soft_wrap=True)
+        console.print(f"{title}\n\n{as_markdown(columns, lines)}\n", soft_wrap=True)
         return
     made = Table(title=title, title_justify="left")
     for column in columns:

@@ -115,5 +115,5 @@ def lr_of(recipe: Mapping[str, Any]) -> float:
 def said(study: Study, launch: Any, **options: Any) -> tuple[int, str]:
     """Exit code and what a study prints."""
     text = io.StringIO()
-    code = run_study(study, Console(file=text, highlight=False, soft_wrap=True), launch, **options)
+    code = run_study(study, Console(file=text, highlight=False, markup=False, soft_wrap=True), launch, **options)
     return code, text.getvalue()
