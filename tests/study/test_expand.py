@@ -75,25 +75,15 @@ def test_values_can_have_names_and_stand_for_several_settings(tmp_path: Path) ->
 
 def test_named_variations_make_groups_with_grids_of_their_own(tmp_path: Path) -> None:
     tensor = {"weight": {"format": "int4", "granularity": "tensor"}}
-    study = study_of(
-        tmp_path,
-        vary={LR: [1e-4, 1e-3]},
-        variations=[
-            {"name": "per_channel"},
-            {"name": "per_tensor", "set": {"model.plan.scheme": tensor}},
-            {
-                "name": "fp16",
-                "set": {"trainer.precision": "16-mixed"},
-                "vary": {LR: [1e-5], "trainer.max_steps": [2, 4]},
-            },
-        ],
-    )
-    assert names(study) == ["per_channel_lr-0.0001", "per_channel_lr-0.001", "per_tensor_lr-0.0001",
-                            "per_tensor_lr-0.001", "fp16_lr-1e-05_max_steps-2", "fp16_lr-1e-05_max_steps-4"]  # fmt: skip
+    half = {"set": {"trainer.precision": "16-mixed"}, "vary": {LR: [1e-5], "trainer.max_steps": [2, 4]}}
+    groups = [{"name": "channel"}, {"name": "tensor", "set": {"model.plan.scheme": tensor}}, {"name": "fp16", **half}]
+    study = study_of(tmp_path, vary={LR: [1e-4, 1e-3]}, variations=groups)
+    assert names(study) == ["channel_lr-0.0001", "channel_lr-0.001", "tensor_lr-0.0001",
+                            "tensor_lr-0.001", "fp16_lr-1e-05_max_steps-2", "fp16_lr-1e-05_max_steps-4"]  # fmt: skip
     runs = full(study)
     assert runs[2].recipe["model"]["plan"]["init_args"]["scheme"] == tensor
     assert runs[5].recipe["trainer"]["precision"] == "16-mixed" and runs[5].recipe["trainer"]["max_steps"] == 4
-    assert runs[0].variation.labels == {"variation": "per_channel", "lr": 1e-4}
+    assert runs[0].variation.labels == {"variation": "channel", "lr": 1e-4}
 
 
 def test_short_runs_have_their_length_seeds_and_evaluation(tmp_path: Path) -> None:

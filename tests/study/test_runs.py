@@ -116,9 +116,10 @@ def test_forked_runs_are_the_runs_that_fit_makes_alone(forked: tuple[Path, str],
 
 def test_the_command_line_has_the_study_done_when_called_again(forked: tuple[Path, str]) -> None:
     folder, _ = forked
+    file = str(folder / "study.yaml")
     code = (
         "import sys\nfrom kdqat.cli.main import main\n"
-        f"try: main(['study', {str(folder / 'study.yaml')!r}])\nexcept SystemExit as end: assert not end.code, end.code\n"
+        f"try: main(['study', {file!r}])\nexcept SystemExit as end: assert not end.code, end.code\n"
         "print('\\n@', [n for n in ('torch', 'transformers', 'lightning') if n in sys.modules])"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
