@@ -25,6 +25,7 @@ VERBS = {
     "signals": "what quantization does to every layer's signal        -> signals.json",
     "export": "write the formats of the recipe                       -> export/FORMAT/",
     "generate": "let a run's student continue a prompt",
+    "study": "many runs of one recipe: variations, seeds, screening -> results, table, plot",
     "report": "what is in a run directory, without loading torch",
 }
 
@@ -45,6 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "report":
             verb.add_argument("run", nargs="+", type=Path, help="run directories")
             verb.add_argument("--json", action="store_true", help="JSON instead of Markdown")
+            continue
+        if name == "study":
+            verb.add_argument("study", type=Path, help="a study file (YAML, docs/study.md)")
+            verb.add_argument(
+                "--dry_run", action="store_true", help="list the runs and parse their recipes; run nothing"
+            )
+            verb.add_argument("--screen_only", action="store_true", help="leave the full runs for the next call")
+            verb.add_argument("--workers", type=int, help="runs at once, instead of the file's")
+            verb.add_argument("--workers_per_gpu", type=int, help="runs that share a GPU, instead of the file's")
             continue
         verb.add_argument("recipe", type=Path, help="a recipe (YAML) or a run directory")
         if name == "generate":
@@ -79,6 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise ValueError(f"unknown argument {rest[0]!r}")
             print(report(options.run, options.json))
             return
+        if options.verb == "study":
+            from kdqat.cli.study import study
+
+            sys.exit(study(options, rest, main))
         sys.path.insert(0, "")  # classes in a file beside the recipe, as under `python -m`
         from kdqat.cli import verbs
 
