@@ -206,7 +206,8 @@ def train_one(
         "enable_progress_bar": False,
         "limit_val_batches": 0,
     }
-    trainer = api.make_trainer(trainer_args, None, [Freeze(roles=args["freeze"].split("+"))] if "freeze" in args else [])
+    edits = [Freeze(roles=args["freeze"].split("+"))] if "freeze" in args else []
+    trainer = api.make_trainer(trainer_args, None, edits)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
