@@ -13,7 +13,8 @@ from kdqat.initializers import RTN
 from kdqat.models import layer_refs
 from kdqat.quant import MinMax
 from kdqat.quant.formats import decode
-from kdqat.training.grid import grid_rows
+from kdqat.spec import QuantSpec
+from kdqat.training.grid import _ranks, grid_rows
 from kdqat.training.signals import SignalRecorder
 from tests.training.toy import make_module
 
@@ -91,7 +92,7 @@ def test_scale_drift_is_in_octaves_from_the_first_scale_and_survives_a_resume() 
 
 
 @pytest.mark.parametrize(
-    "scheme", ["W4A16_G32", "W4A16", "W4A16_ASYM_G32", "W2A16_G32", "NF4", "MXFP4", "GGUF_Q4_0", "GGUF_Q4_1"]
+    "scheme", ["W4A16_G32", "W4A16", "W8A16_ASYM_G32", "W2A16_G32", "NF4", "MXFP4", "GGUF_Q4_0", "GGUF_Q4_1"]
 )
 def test_codes_are_the_exporters_in_ascending_order_of_their_levels(scheme: str) -> None:
     module = make_module(plan=Uniform(scheme), quantizer=MinMax, initializer=RTN())
@@ -107,6 +108,19 @@ def test_codes_are_the_exporters_in_ascending_order_of_their_levels(scheme: str)
             assert (pairs.diff(dim=1) > 0).all() and pairs.shape[1] > 2
             compared += 1
     assert compared == len(refs)
+
+
+@pytest.mark.parametrize(("number", "half"), [("int1", True), ("int2", True), ("int8", False), ("e4m3", False)])
+def test_codes_of_one_byte_are_in_order_for_every_kind_of_grid(number: str, half: bool) -> None:
+    spec = QuantSpec(format=number, zero_point="half") if half else QuantSpec(format=number)
+    if spec.number.kind == "integer":
+        low, high = spec.qrange()
+        levels = torch.arange(low, high + 1)
+    else:
+        levels = torch.tensor(spec.number.code_values())
+        levels = levels[levels.isfinite()].unique()
+    codes = _ranks(levels, spec)
+    assert codes.dtype == torch.int8 and bool((codes.int().diff() > 0).all())
 
 
 def test_numbers_out_of_range_are_refused() -> None:
