@@ -1,6 +1,6 @@
 """What looks after every run unless the recipe lists its own: zero gradients, nothing moved, divergence.
 
-They warn and change nothing. Together they read the device a few times in 100 steps (docs/freezing.md has the cost).
+They warn and change nothing, and read the device in one step of ten at most.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def test_a_run_resumed_among_unread_losses_reduces_at_the_same_step(tmp_path: Pa
     class Both(Louder, Divergence):
         def __init__(self) -> None:
             Louder.__init__(self, 4)
-            Divergence.__init__(self, action="reduce_lr", window=4, patience=2, every_n_steps=4)
+            Divergence.__init__(self, action="reduce_lr", window=4, patience=3, every_n_steps=4)
 
     def make() -> Any:
         return Both()

@@ -13,7 +13,7 @@ from tests.cli.fork_server import ROOT, server
 
 def test_the_recipe_freezes_its_roles_on_a_toy(tmp_path: Path) -> None:
     recipe = str(ROOT / "recipes" / "ohwefreeze" / "smollm2_ov_freeze.yaml")
-    overrides = ["--model.student.path", "toy:llama", "--trainer.max_steps", "6", "--data.limit", "8",
+    overrides = ["--model.student.path", "toy:llama", "--trainer.max_steps", "6", "--data.seq_len", "64",
                  "--trainer.default_root_dir", "run", "--evaluate", "[]", "--export", "[]"]  # fmt: skip
     for verb, *options in (("fit", "--dry_run"), ("quantize",), ("fit",)):
         done = server().run(tmp_path, verb, recipe, *options, *overrides)
