@@ -15,6 +15,7 @@ _PUBLIC = {
     "kdqat.allocate": ("BitAllocator", "FromFile", "Uniform"),
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
     "kdqat.calibrate": ("Calibration",),
+    "kdqat.callbacks": ("LoraAdapters",),
     "kdqat.evaluators": ("EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement"),
     "kdqat.exporters": ("DequantizedHF", "Exporter"),
     "kdqat.initializers": ("FPQ", "RTN", "Initializer", "MSEGrid"),

@@ -4,6 +4,7 @@
                 prepared/                      quantize
                 checkpoints/ metrics.csv       fit (resume here), with tensorboard/
                 student/ baseline.json         fit
+                adapters.json adapter/         fit, with LoraAdapters
                 validation.json                validate
                 eval.json                      eval, fit
                 export/FORMAT/                 export, fit
@@ -32,7 +33,7 @@ from kdqat.files import write_text
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "quantize": ("prepared",),
-    "fit": ("checkpoints", "student", "metrics.csv", "tensorboard"),
+    "fit": ("checkpoints", "student", "metrics.csv", "tensorboard", "adapters.json", "adapter"),
     "validate": ("validation.json",),
     "eval": ("eval.json",),
     "export": ("export",),
