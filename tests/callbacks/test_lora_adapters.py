@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kdqat import api
 from kdqat.allocate import Uniform
@@ -180,6 +181,7 @@ def test_a_student_that_is_saved_unmerged_comes_back_unmerged(tmp_path: Path) ->
     save_student(student, tmp_path)
     loaded = load_student(tmp_path)
     assert len(loaded.adapters) == 14 and torch.equal(answers(loaded), answers(student))
+    assert not any("adapter" in key for key in load_file(tmp_path / "model.safetensors"))
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"adapter: adapter_model.safetensors is missing, damaged"):
         load_student(tmp_path)

@@ -169,8 +169,9 @@ def kept(layer: FakeQuantLayer, function: Callable[[Tensor], Tensor]) -> list[Te
 
 def test_inside_under_autocast_the_sum_is_fp32_and_is_not_kept() -> None:
     layer = make_layer("inside")
+    expected = layer.latent_matrix()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer.latent_matrix(), make_layer("inside").latent_matrix())
+        assert torch.equal(layer.latent_matrix(), expected)
         assert layer(torch.randn(3, 128)).dtype == torch.bfloat16
         assert kept(layer, layer) == []
 
