@@ -175,7 +175,8 @@ class KDQATModule(L.LightningModule):
         for edit in edits_among(self.trainer.callbacks):  # type: ignore[attr-defined]
             assert self.student is not None
             edit.edit(self.student)
-        require_weights_at_rest(self.teacher, self.split)
+        if self.trainer.training:
+            require_weights_at_rest(self.teacher, self.split)
         self.split.train()
         if self.loss is not None and "attentions" in self.loss.wants:
             self.split.use_eager_attention()

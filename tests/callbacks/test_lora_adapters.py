@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ from kdqat.initializers import RTN
 from kdqat.models import FrozenTeacher, SharedTeacher, SplitModel
 from kdqat.models.source import ModelSource
 from kdqat.models.toy import toy_model, toy_tokenizer
-from kdqat.quant import LSQ, FakeQuantizer, LoraAdapter, MinMax, full_precision
+from kdqat.quant import LSQ, FakeQuantizer, MinMax, full_precision
 from kdqat.report import report
-from kdqat.student import Student, load_student, save_student, stored_bytes
+from kdqat.student import Student, load_student, save_student
 from kdqat.training import Checkpoints, KDQATModule, Parallel
 from kdqat.training.gather import gather_student
-from kdqat.training.planner.student import count, meta_student
 from tests.cli.recipes import write
 from tests.training.toy import batch, make_module, train
 
@@ -248,66 +246,6 @@ def test_an_adapter_on_the_head_counts_in_the_loss(tmp_path: Path) -> None:
         assert module.split is not None and module.split.projects == projects
         head = module.split.model.lm_head
         assert head.adapter.lora_B.abs().max() > 0
-
-
-def prepared(path: str = "toy:llama", **plan: Any) -> Student:
-    return make_module(student=ModelSource(path), plan=Uniform("W4A16_G32", **plan), initializer=RTN()).build()
-
-
-def test_what_can_have_no_adapter_is_an_error_where_it_was_asked_for_and_said_where_not(caplog: Any) -> None:
-    tied = prepared(ignore=[], embeddings="W4A16_G32")
-    experts = prepared("toy:qwen3_moe")
-    cases = [
-        (tied, {"roles": ["lm_head"]}, r"lm_head: its weight is tied to model.embed_tokens.*leave it out"),
-        (tied, {"roles": ["embedding"]}, "embed_tokens: adapters are for linear layers, this is of FakeQuantEmbedding"),
-        (
-            experts,
-            {"roles": ["q", "down"]},
-            "experts.down_proj: adapters are for linear layers, this is of ExpertWeight",
-        ),
-        (experts, {"layers": ["*.experts.*"]}, "this is of ExpertWeight"),
-        (tied, {"roles": ["w"]}, "LoraAdapters: roles 'w' matches no layer"),
-        (tied, {"rank": 65}, "layer model.layers.0.self_attn.q_proj: rank 65 does not fit"),
-    ]
-    for student, arguments, message in cases:
-        with pytest.raises(ValueError, match=message):
-            LoraAdapters(**{"rank": 4, **arguments}).edit(student)
-        assert not student.adapters and all(p.requires_grad for p in student.model.parameters())
-    LoraAdapters(rank=4).edit(experts)
-    assert len(experts.adapters) == 8 and "LoraAdapters: 4 layers get no adapter" in caplog.text
-    LoraAdapters(rank=4).edit(tied)
-    assert len(tied.adapters) == 14
-
-
-def test_an_edited_student_is_left_alone_and_another_adapter_refused() -> None:
-    student = prepared()
-    edit = LoraAdapters(rank=4, roles=["q"])
-    edit.edit(student)
-    first = dict(student.adapters)
-    edit.edit(student)
-    LoraAdapters(rank=2, roles=["v"]).edit(student)
-    assert first.items() < student.adapters.items() and len(student.adapters) == 4
-    for other in (LoraAdapters(rank=2, roles=["q"]), LoraAdapters(rank=4, placement="outside", roles=["k"])):
-        with pytest.raises(ValueError, match=r"has an adapter already|all inside or all outside"):
-            other.edit(student)
-    assert len(student.adapters) == 4
-
-
-def test_on_the_meta_device_it_makes_shapes() -> None:
-    module = make_module()
-    student = module.build()
-    split = meta_student(module)
-    LoraAdapters(rank=4, train_scales=False).edit(replace(student, split=split))
-    assert {p.device.type for p in split.parameters()} == {"meta"}
-    assert count(split).trainable == sum(4 * sum(layer.matrix_shape) for layer in student.layers.values())
-
-
-def test_an_adapter_outside_is_part_of_the_size() -> None:
-    student = prepared()
-    before = stored_bytes(student)
-    LoraAdapters(rank=4, placement="outside").edit(student)
-    numbers = sum(p.numel() for m in student.model.modules() if isinstance(m, LoraAdapter) for p in m.parameters())
-    assert stored_bytes(student) == {"student": before["student"] + 2 * numbers, "teacher": before["teacher"]}
 
 
 @both
