@@ -27,6 +27,7 @@ _PUBLIC = {
     ),
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
     "kdqat.calibrate": ("Calibration",),
+    "kdqat.callbacks": ("LoraAdapters",),
     "kdqat.evaluators": ("EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement"),
     "kdqat.exporters": ("DequantizedHF", "Exporter"),
     "kdqat.initializers": ("FPQ", "RTN", "Initializer", "MSEGrid"),

@@ -5,6 +5,7 @@ from kdqat.callbacks.freeze import Freeze
 from kdqat.callbacks.freeze_window import BlockProgressive, FreezeWindow, ScalesFirst
 from kdqat.callbacks.gradient_log import GradientLog
 from kdqat.callbacks.guards import missing_guards
+from kdqat.callbacks.lora import LoraAdapters
 from kdqat.callbacks.nothing_moved import NothingMoved
 from kdqat.callbacks.oscillation_log import OscillationLog
 from kdqat.callbacks.progress import ProgressLine
@@ -19,6 +20,7 @@ __all__ = [
     "Freeze",
     "FreezeWindow",
     "GradientLog",
+    "LoraAdapters",
     "NothingMoved",
     "OscillationLog",
     "ProgressLine",

@@ -91,9 +91,11 @@ def compare(recipe: Recipe, student: Student, folder: Path) -> None:
 
 
 def teacher_of(recipe: Recipe) -> Teacher:
-    """Whom students are measured against: the recipe's teacher, else the student's source in float32."""
-    if recipe.model.teacher is not None:
-        return recipe.model.teacher
+    """Whom students are measured against: the recipe's teacher, else the student's source in float32; that as well in
+    place of a teacher in the student's own weights, unless these were left alone (merged adapters are in them)."""
+    teacher = recipe.model.teacher
+    if teacher is not None and not (teacher.shares_weights and recipe.model.trainable != "scales"):
+        return teacher
     if recipe.judge is None:
         recipe.judge = FrozenTeacher(dtype="float32")
     return recipe.judge

@@ -24,6 +24,7 @@ from kdqat.cli.session import (
     save,
     start,
     student_folder,
+    teacher_of,
 )
 from kdqat.cli.signals import signals
 from kdqat.exporters import Exporter
@@ -102,6 +103,7 @@ def validate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if recipe.data is None:
         raise ValueError(f"{options.recipe}: validate needs a data section (docs/recipes.md)")
     folder = student_folder(recipe.run)
+    recipe.model.teacher = recipe.model.teacher and teacher_of(recipe)
     student = recipe.model.build(folder)
     api.bind_data(recipe.data, student)
     api.require_answers(recipe.model, recipe.data)

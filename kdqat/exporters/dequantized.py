@@ -1,7 +1,9 @@
 """A plain Hugging Face folder with the dequantized weights: no smaller, and loads everywhere transformers does.
 
 Every planned weight is scale * (code - zero_point) in the chosen dtype. In float32 these are the very numbers the
-student computed with, so logits are equal bit for bit; bfloat16 and float16 round each weight once more.
+student computed with, so logits are equal bit for bit; bfloat16 and float16 round each weight once more. A LoRA adapter
+that the student computes beside Q(W) is added to it: one float weight where there were two products, so that sums are
+rounded in another order.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class DequantizedHF(Exporter):
         dtype = getattr(torch, self.dtype)
         state = plain_state(student)
         for name, layer in student.layers.items():
-            state[name if name in state else f"{name}.weight"] = layer.fake_quantized_weight()  # experts name weights
+            state[name if name in state else f"{name}.weight"] = layer.dequantized_weight()  # experts name weights
         converted: dict[Any, torch.Tensor] = {}  # what is tied is converted and written once
         for key, value in state.items():
             if value.is_floating_point():

@@ -89,7 +89,8 @@ class SplitModel(nn.Module):
             return False
         if isinstance(head, FakeQuantLinear):
             rounds = head.activation_fake_quantizer is not None or head.output_fake_quantizer is not None
-            return type(head).forward is FakeQuantLinear.forward and not rounds
+            branches = head.adapter is not None and head.adapter.placement == "outside"
+            return type(head).forward is FakeQuantLinear.forward and not rounds and not branches
         return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
 
     @property

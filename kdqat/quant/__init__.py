@@ -8,6 +8,7 @@ from kdqat.quant.kv import KVCacheFakeQuantizer, kv_caches
 from kdqat.quant.layer import FakeQuantLayer, default_activation_quantizer
 from kdqat.quant.lean import describe_ways
 from kdqat.quant.linear import FakeQuantConv1D, FakeQuantLinear
+from kdqat.quant.lora import LoraAdapter, Placement
 from kdqat.quant.quantizer import FakeQuantizer, QuantizerFactory
 from kdqat.quant.quantizers.aimet import AIMETRange
 from kdqat.quant.quantizers.clipped import MSEClip
@@ -36,8 +37,10 @@ __all__ = [
     "KVCacheFakeQuantizer",
     "LSQPlus",
     "LearnedClipping",
+    "LoraAdapter",
     "MSEClip",
     "MinMax",
+    "Placement",
     "QuEST",
     "QuantizedLayer",
     "QuantizerFactory",

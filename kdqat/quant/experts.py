@@ -145,6 +145,7 @@ class ExpertWeight:
     name: str
 
     output_fake_quantizer = None
+    adapter = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -182,3 +183,9 @@ class ExpertWeight:
         if self.weight_fake_quantizer is None or not self.experts.fake_quantize:
             return self.weight
         return self.from_matrix(self.weight_fake_quantizer(self.as_matrix(self.weight), dtype))
+
+    def latent_matrix(self) -> Tensor:
+        return self.as_matrix(self.weight)
+
+    def dequantized_weight(self) -> Tensor:
+        return self.fake_quantized_weight()

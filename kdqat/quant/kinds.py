@@ -12,6 +12,7 @@ from kdqat.quant.embedding import FakeQuantEmbedding
 from kdqat.quant.experts import EXPERT_WEIGHTS, FakeQuantExperts
 from kdqat.quant.layer import FakeQuantLayer
 from kdqat.quant.linear import FakeQuantConv1D, FakeQuantLinear
+from kdqat.quant.lora import LoraAdapter
 from kdqat.quant.quantizer import FakeQuantizer
 
 KINDS: tuple[type[FakeQuantLayer], ...] = (FakeQuantLinear, FakeQuantConv1D, FakeQuantConv2d, FakeQuantEmbedding)
@@ -42,9 +43,9 @@ def matmul_weights(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
 
     A layer has one, under its own name: its largest parameter of 2 or more dimensions (in its own shape, if it is of no
     known kind). Experts have two, under the names of the parameters. Embeddings (a lookup; an lm_head tied to one is
-    counted as the linear it is), norms and fake quantizers have none.
+    counted as the linear it is), norms, adapters and fake quantizers have none.
     """
-    if isinstance(module, (nn.Embedding, FakeQuantizer)):
+    if isinstance(module, (nn.Embedding, FakeQuantizer, LoraAdapter)):
         return {}
     if isinstance(module, FakeQuantExperts) or FakeQuantExperts.wraps(module):
         prefix = f"{name}." if name else ""

@@ -1,7 +1,7 @@
 """What all fake-quantized layers share: the quantizers they carry, and the way in and out of the plain layer.
 
 A subclass of the plain layer that keeps its parameter names, not a parametrization or a tensor subclass: the student's
-keys stay the HF keys plus `*_fake_quantizer.*`, peft attaches, `save_pretrained` reloads in plain transformers
+keys stay the HF keys plus `*_fake_quantizer.*` (and `adapter.*`), `save_pretrained` reloads in plain transformers
 (docs/architecture.md, decision 3). Kinds of layers (`linear.py`, `conv.py` ...) say how their weight is a matrix [O, I]
 and what they compute.
 """
@@ -13,7 +13,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from kdqat.quant.lora import LoraAdapter
 from kdqat.quant.quantizer import FakeQuantizer, QuantizerFactory
 from kdqat.quant.quantizers.lsq_plus import LSQPlus
 from kdqat.quant.quantizers.minmax import MinMax
@@ -65,7 +67,9 @@ class FakeQuantLayer(nn.Module):
     Attributes:
         weight: the latent weight, in the plain layer's own shape.
         weight_fake_quantizer, activation_fake_quantizer, output_fake_quantizer: None where the scheme has no spec.
-        fake_quantize: False switches the layer to full precision (see `swap.full_precision`).
+        adapter: a low-rank update that is trained in the weight's place; None without one.
+        fake_quantize: False switches the layer to its latent weight in full precision, adapter left out (see
+            `swap.full_precision`).
         deploy_only: of "activation" and "output": off in training mode, on in evaluation.
         wrapped_class: the plain layer's class.
     """
@@ -77,6 +81,7 @@ class FakeQuantLayer(nn.Module):
     weight_fake_quantizer: FakeQuantizer | None
     activation_fake_quantizer: FakeQuantizer | None
     output_fake_quantizer: FakeQuantizer | None
+    adapter: LoraAdapter | None
     fake_quantize: bool
     deploy_only: frozenset[str]
 
@@ -102,6 +107,7 @@ class FakeQuantLayer(nn.Module):
         layer = twin(module, cls)
         layer.wrapped_class = type(module)
         layer.fake_quantize = True
+        layer.adapter = None
         layer.deploy_only = frozenset(deploy_only)
         rows, width = layer.matrix_shape
         with torch.device(layer.weight.device):
@@ -115,13 +121,13 @@ class FakeQuantLayer(nn.Module):
         return layer.train(module.training)
 
     def unwrap(self) -> nn.Module:
-        """The plain layer, holding the fake-quantized weight; quantized activations are lost."""
+        """The plain layer, holding the dequantized weight; quantized activations are lost."""
         plain = twin(self, self.wrapped_class)
-        for name in ("weight_fake_quantizer", "activation_fake_quantizer", "output_fake_quantizer"):
-            plain._modules.pop(name, None)  # a quantizer
+        for name in ("weight_fake_quantizer", "activation_fake_quantizer", "output_fake_quantizer", "adapter"):
+            plain._modules.pop(name, None)  # a module
             plain.__dict__.pop(name, None)  # or None
         del plain.wrapped_class, plain.fake_quantize, plain.deploy_only
-        plain.weight = nn.Parameter(self.fake_quantized_weight().detach().clone())
+        plain.weight = nn.Parameter(self.dequantized_weight().detach().clone())
         return plain
 
     @property
@@ -149,9 +155,47 @@ class FakeQuantLayer(nn.Module):
 
     def fake_quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as the layer computes with it, in its own shape and in `dtype` (None: its own), differentiable."""
-        if self.weight_fake_quantizer is None or not self.fake_quantize:
+        if not self.fake_quantize:
             return self.weight
-        return self.from_matrix(self.weight_fake_quantizer(self.as_matrix(self.weight), dtype))
+        if self._inside is not None and torch.is_grad_enabled():
+            # W + s B A is no parameter: kept for the backward pass it would be a second copy of the weights
+            again = checkpoint(self._quantized_matrix, dtype, use_reentrant=False, preserve_rng_state=False)
+            return self.from_matrix(again)
+        if self._inside is None and self.weight_fake_quantizer is None:
+            return self.weight
+        return self.from_matrix(self._quantized_matrix(dtype))
+
+    def latent_matrix(self) -> Tensor:
+        """The latent weight [O, I] as it is quantized: with the adapter, where that is inside."""
+        matrix = self.as_matrix(self.weight)
+        return matrix if self._inside is None else self._inside.added_to(matrix)
+
+    def dequantized_weight(self) -> Tensor:
+        """The one float weight, in its own shape, that computes what the layer does to an input that is not quantized:
+        the fake-quantized one, with the adapter where that is outside."""
+        weight = self.fake_quantized_weight()
+        if self._outside is None:
+            return weight
+        return self.from_matrix(self._outside.added_to(self.as_matrix(weight)))
+
+    @property
+    def _inside(self) -> LoraAdapter | None:
+        return self.adapter if self.adapter is not None and self.adapter.placement == "inside" else None
+
+    @property
+    def _outside(self) -> LoraAdapter | None:
+        return self.adapter if self.adapter is not None and self.adapter.placement == "outside" else None
+
+    def _quantized_matrix(self, dtype: torch.dtype | None) -> Tensor:
+        matrix, quantizer = self.latent_matrix(), self.weight_fake_quantizer
+        return matrix if quantizer is None else quantizer(matrix, dtype)
+
+    def _with_branch(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y` [.., O] plus what an adapter outside makes of `x` [.., I], the input before it is quantized: engines run
+        adapters in full precision."""
+        if self._outside is None or not self.fake_quantize:
+            return y
+        return y + self._outside(x).to(y.dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input [.., I] as the layer computes with it."""

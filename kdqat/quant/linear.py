@@ -15,7 +15,7 @@ class FakeQuantLinear(FakeQuantLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.fake_quantized_weight(autocast_dtype(self.weight))
-        return self.quantized_output(F.linear(self.quantized_input(x), weight, self.bias))
+        return self.quantized_output(self._with_branch(F.linear(self.quantized_input(x), weight, self.bias), x))
 
 
 class FakeQuantConv1D(FakeQuantLayer):
@@ -37,4 +37,4 @@ class FakeQuantConv1D(FakeQuantLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.fake_quantized_weight(autocast_dtype(self.weight))
-        return self.quantized_output(F.linear(self.quantized_input(x), weight.t(), self.bias))
+        return self.quantized_output(self._with_branch(F.linear(self.quantized_input(x), weight.t(), self.bias), x))

@@ -56,7 +56,7 @@ def _quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantizer, Callable
     """(key, fake quantizer, a tensor of its kind); the tensor counts only where ranges are live: weights."""
     for name, layer in fake_quant_layers(model).items():
         if layer.weight_fake_quantizer is not None:
-            yield name, layer.weight_fake_quantizer, partial(layer.as_matrix, layer.weight)
+            yield name, layer.weight_fake_quantizer, layer.latent_matrix
         kinds = {"activation": layer.activation_fake_quantizer, "output": layer.output_fake_quantizer}
         for kind, quantizer in kinds.items():
             if quantizer is not None:

@@ -28,7 +28,7 @@ def describe(run: Path) -> dict[str, Any]:
             facts["plan"] = plan.to_json()["schemes"]
             facts["student"] = RunDir(folder).read_json("student.json")
             break
-    for name in ("baseline.json", "eval.json", "validation.json"):
+    for name in ("baseline.json", "eval.json", "validation.json", "adapters.json"):
         facts[name.removesuffix(".json")] = directory.read_json(name)
     facts["last_metrics"] = _last_metrics(run / "metrics.csv")
     facts["exports"] = sorted(p.name for p in directory.export.glob("*")) if directory.export.is_dir() else []
@@ -54,11 +54,29 @@ def as_markdown(facts: dict[str, Any]) -> str:
     if facts["validation"]:
         numbers = ", ".join(f"{k} {v:.4f}" for k, v in facts["validation"].items() if k != "student")
         lines += [f"Validation of {facts['validation']['student']}/: {numbers}", ""]
+    if facts["adapters"]:
+        lines += [*_adapter_lines(facts["adapters"]), ""]
     if facts["last_metrics"]:
         lines += ["Last logged: " + ", ".join(f"{k} {v}" for k, v in facts["last_metrics"].items()), ""]
     if facts["exports"]:
         lines += [f"Exports: {', '.join(facts['exports'])}", ""]
     return "\n".join(lines)
+
+
+def _adapter_lines(adapters: dict[str, Any]) -> list[str]:
+    merged, outside = adapters["merged"], adapters["outside"]
+    if merged["layers"]:
+        change = f"the largest change of a fake-quantized weight was {merged['largest_change']:.1e}"
+        return [f"Adapters of {merged['layers']} layers are merged into student/ (adapter/ holds them): {change}."]
+    lines = [
+        "Adapters outside of the fake quantizer belong to student/. Quantizing merged weights anew would change:",
+        "",
+    ]
+    lines += ["| role | layers | codes changed | SQNR |", "| --- | ---: | ---: | ---: |"]
+    for role, numbers in outside.items():
+        changed = f"{100 * numbers['codes_changed']:.1f} %"
+        lines.append(f"| {role} | {numbers['layers']} | {changed} | {numbers['sqnr_db']:.1f} dB |")
+    return lines
 
 
 def report(runs: list[Path], as_json: bool) -> str:

@@ -4,6 +4,7 @@
                 prepared/                      quantize
                 checkpoints/ metrics.csv       fit (resume here), with tensorboard/, signals.parquet
                 student/ baseline.json         fit
+                adapters.json adapter/         fit, with LoraAdapters
                 validation.json                validate
                 eval.json                      eval, fit
                 signals.json                   signals
@@ -33,7 +34,9 @@ from kdqat.files import write_text
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "quantize": ("prepared",),
-    "fit": ("checkpoints", "student", "metrics.csv", "tensorboard", "signals.parquet"),
+    "fit": (
+        "checkpoints", "student", "metrics.csv", "tensorboard", "signals.parquet", "adapters.json", "adapter",
+    ),  # fmt: skip
     "validate": ("validation.json",),
     "eval": ("eval.json",),
     "signals": ("signals.json",),

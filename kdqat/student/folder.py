@@ -1,5 +1,6 @@
 """A saved student: a plain Hugging Face folder of latent weights (transformers loads it as it is) with three files of
-ours beside them: `quant_plan.json`, `quantizers.safetensors` (scales and zero points as stored) and `student.json`.
+ours beside them: `quant_plan.json`, `quantizers.safetensors` (scales and zero points as stored) and `student.json`. If
+the student has adapters they belong to it and lie in `adapter/`, as peft takes them; `student.json` has the placement.
 """
 
 from __future__ import annotations
@@ -14,21 +15,26 @@ from safetensors.torch import load_file, save_file
 
 from kdqat.files import write_text
 from kdqat.models import ModelSource, SplitModel
+from kdqat.models.lora import load_adapters, save_adapters
 from kdqat.quant import Coverage, FakeQuantizer, Fixed, MinMax, QuantizerFactory, load_stored_state, stored_state
 from kdqat.spec import PLAN_FILE, QuantPlan, QuantSpec
 from kdqat.student.prepare import install_plan
 from kdqat.student.student import Student, plain_state
 
-QPARAMS_FILE, STUDENT_FILE = "quantizers.safetensors", "student.json"
+QPARAMS_FILE, STUDENT_FILE, ADAPTER_FOLDER = "quantizers.safetensors", "student.json", "adapter"
 
 
 def save_student(student: Student, folder: Path) -> None:
-    """Write the student into the empty `folder`: latent weights, scales as stored, plan, tokenizer."""
+    """Write the student into the empty `folder`: latent weights, scales as stored, plan, tokenizer, adapters."""
     student.model.save_pretrained(folder, state_dict=plain_state(student))
     student.tokenizer.save_pretrained(folder)
     student.plan.save(folder)
     save_file(stored_state(student.model), folder / QPARAMS_FILE)
     about = {"source": asdict(student.source), "coverage": asdict(student.coverage), **student.summary()}
+    if student.adapters:
+        (folder / ADAPTER_FOLDER).mkdir()
+        save_adapters(student.layers, folder / ADAPTER_FOLDER, base=student.source.path)
+        about["adapters"] = {name: adapter.settings for name, adapter in student.adapters.items()}
     write_text(folder / STUDENT_FILE, json.dumps(about, indent=1))
 
 
@@ -51,6 +57,7 @@ def load_student(
         about = json.loads((folder / STUDENT_FILE).read_text())
         qparams = load_file(folder / QPARAMS_FILE)
         origin, coverage = ModelSource(**about["source"]), Coverage(**about["coverage"])
+        adapters = dict(about.get("adapters", {}))
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}: {QPARAMS_FILE} or {STUDENT_FILE} is damaged ({error}); write it anew") from error
     here = ModelSource(str(folder), origin.dtype, trust_remote_code=origin.trust_remote_code)
@@ -61,7 +68,10 @@ def load_student(
         load_stored_state(split.model, qparams)
     except ValueError as error:
         raise ValueError(f"{folder}: {QPARAMS_FILE} does not fit {PLAN_FILE}: layer {error}") from error
-    return Student(split, here.load_tokenizer(), origin, plan, coverage)
+    student = Student(split, here.load_tokenizer(), origin, plan, coverage)
+    if adapters:
+        load_adapters(student.layers, folder / ADAPTER_FOLDER, adapters)
+    return student
 
 
 def stored_activation(spec: QuantSpec, shape: torch.Size) -> FakeQuantizer:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kdqat.models import ModelSource, SplitModel, embedding_refs, layer_refs
-from kdqat.quant import Coverage, FakeQuantizer, MinMax, QuantizedLayer, fake_quant_layers
+from kdqat.quant import Coverage, FakeQuantizer, LoraAdapter, MinMax, QuantizedLayer, fake_quant_layers
 from kdqat.spec import QuantPlan
 
 
@@ -34,6 +34,11 @@ class Student:
     def layers(self) -> dict[str, QuantizedLayer]:
         """Its fake-quantized layers, by name."""
         return fake_quant_layers(self.model)
+
+    @property
+    def adapters(self) -> dict[str, LoraAdapter]:
+        """The adapters of its layers, by the layer's name; empty for a student that is nothing but its layers."""
+        return {name: layer.adapter for name, layer in self.layers.items() if layer.adapter is not None}
 
     def summary(self) -> dict[str, Any]:
         """Bits and coverage, as plain data for the log, the run directory and the tables."""
@@ -70,12 +75,15 @@ def as_rtn(student: Student) -> Iterator[Student]:
 
 
 def plain_state(student: Student) -> dict[str, torch.Tensor]:
-    """The model's tensors under their Hugging Face names, the quantizers' own left out; latent weights."""
-    return {k: v for k, v in student.model.state_dict().items() if "_fake_quantizer." not in k}
+    """The model's tensors under their Hugging Face names, those of quantizers and adapters left out; latent weights."""
+    ours = ("_fake_quantizer.", ".adapter.lora_")
+    return {k: v for k, v in student.model.state_dict().items() if not any(part in k for part in ours)}
 
 
 def stored_bytes(student: Student) -> dict[str, int]:
     """Size as it will be stored: planned weights by their spec, everything else in 16 bits, tied tensors once.
+
+    An adapter outside is part of the student; one inside will be merged.
 
     Returns:
         {"student": bytes, "teacher": bytes of the same model wholly in 16 bits}.
@@ -85,9 +93,10 @@ def stored_bytes(student: Student) -> dict[str, int]:
         for layer in student.layers.values()
         if layer.weight_fake_quantizer is not None
     }
-    quantizers = [module for module in student.model.modules() if isinstance(module, FakeQuantizer)]
-    ours = {id(p) for quantizer in quantizers for p in quantizer.parameters()}
-    bits = full = 0.0
+    modules = [module for module in student.model.modules() if isinstance(module, (FakeQuantizer, LoraAdapter))]
+    ours = {id(p) for module in modules for p in module.parameters()}
+    outside = [adapter for adapter in student.adapters.values() if adapter.placement == "outside"]
+    bits, full = 16.0 * sum(p.numel() for adapter in outside for p in adapter.parameters()), 0.0
     for parameter in student.model.parameters():  # names a tied tensor once
         if id(parameter) in ours:
             continue

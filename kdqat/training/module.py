@@ -33,7 +33,7 @@ from kdqat.training.optimizer import make_optimizer, require_trainable
 from kdqat.training.parallel import Parallel
 from kdqat.training.side_stream import SideStream
 from kdqat.training.step import HANDY_DIVISOR, StepSums, summed_over_ranks
-from kdqat.training.trainable import Trainable, freeze_all_but_scales, require_weights_at_rest
+from kdqat.training.trainable import Trainable, freeze_all_but_scales, require_source_weights, require_weights_at_rest
 from kdqat.types import Batch
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class KDQATModule(L.LightningModule):
         trainable: "all", or "scales": the fake quantizers' own parameters and nothing else.
 
     Raises:
-        ValueError: for a teacher that needs weights which will change.
+        ValueError: for a teacher that needs weights which the initializer changes.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class KDQATModule(L.LightningModule):
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.initializer = initializer if initializer is not None else RTN()
         self.scale_lr_ratio = scale_lr_ratio
-        require_weights_at_rest(teacher, trainable, self.initializer)
+        require_source_weights(teacher, self.initializer)
         self.trainable = trainable
         self._frozen: list[torch.nn.Parameter] = []  # by `trainable`, until the end
         self.parallel = parallel if parallel is not None else Parallel()
@@ -175,6 +175,8 @@ class KDQATModule(L.LightningModule):
         for edit in edits_among(self.trainer.callbacks):  # type: ignore[attr-defined]
             assert self.student is not None
             edit.edit(self.student)
+        if self.trainer.training:
+            require_weights_at_rest(self.teacher, self.split)
         self.split.train()
         if self.loss is not None and "attentions" in self.loss.wants:
             self.split.use_eager_attention()

@@ -158,7 +158,7 @@ def test_learned_clipping_trains_its_shares() -> None:
 
 def test_a_teacher_of_weights_that_will_move_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"SharedTeacher computes with the student's own weights.*trainable: scales"):
-        shared(trainable="all")
+        train(shared(trainable="all"), BATCHES[:1])
     with pytest.raises(ValueError, match=r"FPQ rewrites them before the first step.*FrozenTeacher"):
         shared(initializer=FPQ(mode="range_checked"))
     shared(initializer=FPQ())
