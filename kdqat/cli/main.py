@@ -46,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "report":
             verb.add_argument("run", nargs="+", type=Path, help="run directories")
             verb.add_argument("--json", action="store_true", help="JSON instead of Markdown")
+            verb.add_argument("--html", nargs="?", const="", metavar="FILE",
+                              help="write a page with heatmaps and curves; comes behind the runs")  # fmt: skip
             continue
         if name == "study":
             verb.add_argument("study", type=Path, help="a study file (YAML, docs/study.md)")
@@ -87,6 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             if rest:
                 raise ValueError(f"unknown argument {rest[0]!r}")
+            if options.html is not None:
+                from kdqat.report.page import write_page
+
+                print(write_page(options.run, Path(options.html) if options.html else None))
+                return
             print(report(options.run, options.json))
             return
         if options.verb == "study":

@@ -46,10 +46,10 @@ def test_a_study_without_variations_is_its_recipe_with_every_seed(tmp_path: Path
 def test_numbers_may_be_written_as_1e_5(tmp_path: Path) -> None:
     study_of(tmp_path)
     path = tmp_path / "study.yaml"
-    path.write_text(path.read_text() + f"vary: {{{LR}: [1e-5, 3E-4, 2.0e-3, 1e+1]}}\n")
+    path.write_text(path.read_text() + f"vary: {{{LR}: [1e-5, 3E-4, 2.0e-3, 1e+1, 2e1]}}\n")
     from kdqat.study import read_study
 
-    assert [lr_of(run.recipe) for run in full(read_study(path))] == [1e-5, 3e-4, 2e-3, 10.0]
+    assert [lr_of(run.recipe) for run in full(read_study(path))] == [1e-5, 3e-4, 2e-3, 10.0, 20.0]
 
 
 def test_values_can_have_names_and_stand_for_several_settings(tmp_path: Path) -> None:

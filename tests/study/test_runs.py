@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from kdqat.study.launch import claim
 from tests.cli.fork_server import ROOT, run
 from tests.study.cases import METRIC, Served, said, study_of
 
@@ -151,6 +152,30 @@ def test_fresh_interpreters_are_stopped_in_order_and_nothing_is_left_running(tmp
     assert list((run_dir / "checkpoints").glob("step=*.ckpt"))
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not [line for line in commands if str(tmp_path).encode() in line]
+
+
+@pytest.mark.slow
+def test_forked_runs_of_a_study_that_is_killed_save_and_end(tmp_path: Path) -> None:
+    recipe = {"trainer__max_steps": 100_000, "model__scheduler": None}
+    study_of(tmp_path, recipe=recipe, vary=VARY, reuse_imports=True)
+    process = command(tmp_path)
+    run_dir = tmp_path / "out" / "runs" / "lr-0.0001_seed-0"
+    while not (run_dir / "metrics.csv").is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while not list((run_dir / "checkpoints").glob("step=*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert list((run_dir / "checkpoints").glob("step=*.ckpt"))
+    while time.monotonic() < deadline:
+        try:
+            claim(tmp_path / "out").close()
+            return
+        except ValueError:  # it is ending
+            time.sleep(0.1)
+    pytest.fail("the run goes on")
 
 
 def test_what_is_imported_before_a_fork_does_not_touch_cuda() -> None:

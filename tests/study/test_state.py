@@ -114,7 +114,8 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_with_its_own_settings_on
     with pytest.raises(ValueError, match=r"lr-0\.0001_seed-2 was run with another trainer\.max_steps"):
         said(study(tmp_path, set={"trainer.max_steps": 9}), Pretends(by_lr))
     again = Pretends(by_lr)
-    assert said(study(tmp_path), again)[0] == 0
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert said(study(tmp_path, out=str(tmp_path / "moved")), again)[0] == 0
     assert [how for _, how in again.calls] == ["--overwrite", "--resume", "--overwrite", "--resume"]
 
 
@@ -124,7 +125,7 @@ def test_a_signal_lets_no_further_run_begin(tmp_path: Path) -> None:
         return by_lr(recipe)
 
     runs = Pretends(signalled)
-    code, text = said(study(tmp_path), runs)
+    code, text = said(study(tmp_path, workers=2), runs)
     assert code == 128 + signal.SIGTERM and len(runs.calls) == 1 and "the same command goes on" in text
     assert len(results(tmp_path)) == 1  # what ended by then is not lost
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
