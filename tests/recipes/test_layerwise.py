@@ -76,3 +76,21 @@ def test_the_llama_plans_have_the_bits_their_heads_promise(name, layers, high, t
         assert len(blocks) == high and f"{high} of {len(members)} blocks" in (FOLDER / f"{name}.yaml").read_text()
     else:
         assert plan.average_bits(layers) <= init_args["average_bits"] < plan.average_bits(layers) + 0.07
+
+
+def test_the_overrides_that_the_comment_names_measure_costs_and_spend_by_them(tmp_path: Path) -> None:
+    path = FOLDER / "smollm2_w4w2.yaml"
+    comment = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    schemes = "[W4A16_ASYM_G64, W3A16_ASYM_G64, W2A16_ASYM_G64]"
+    measured = f"--score.scorer OutputKL --score.scorer.schemes '{schemes}' --score.scorer.unit layer"
+    plan = "{class_path: Knapsack, init_args: {scores: runs/NAME/scores.json, average_bits: 3.2}}"
+    assert measured in comment and f"--model.plan '{plan}'" in comment
+    small = ["--trainer.default_root_dir", "run", "--model.student.path", "toy:llama", "--trainer.accelerator", "cpu"]
+    small += ["--score.calibration.text", "kdqat:prose", "--score.calibration.num_rows", "2"]
+    small += ["--score.calibration.seq_len", "32", "--model.initializer.num_steps", "2"]
+    small += ["--score.scorer", "OutputKL", "--score.scorer.schemes", schemes, "--score.scorer.unit", "layer"]
+    small += ["--model.plan", plan.replace("runs/NAME", "run")]
+    run(tmp_path, "score", str(path), *small)
+    run(tmp_path, "quantize", str(path), *small)
+    about = json.loads((tmp_path / "run" / "prepared" / "student.json").read_text())
+    assert 3.0 < about["average_bits"] <= 3.2  # a ranking of two blocks could only have 2.28 or 3.3
