@@ -64,13 +64,14 @@ def test_megabytes_are_those_of_the_planned_weights():
     assert set(bits_by_block(ByImportance(scores, LEVELS, megabytes=9.0).allocate(layers))) == {4}  # more than enough
 
 
+@pytest.mark.parametrize("low", ["W2A16_ASYM_G64", "W2A16"])  # 2.28125 counted bits, and 2.2222...
 @pytest.mark.parametrize("key", ["average_bits", "megabytes"])
-def test_a_budget_below_the_lowest_level_names_the_nearest_one_which_then_works(key):
-    scores = block_scores([1.0, 2.0, 3.0, 4.0])
+def test_a_budget_below_the_lowest_level_names_the_nearest_one_which_then_works(key, low):
+    scores, levels = block_scores([1.0, 2.0, 3.0, 4.0]), ["W4A16_G64", low]
     with pytest.raises(ValueError, match="too few: the lowest schemes take") as error:
-        ByImportance(scores, LEVELS, **{key: 0.01}).allocate(llama())
+        ByImportance(scores, levels, **{key: 0.01}).allocate(llama())
     nearest = float(re.search(rf"take ([\d.]+) {key}", str(error.value))[1])
-    assert set(bits_by_block(ByImportance(scores, LEVELS, **{key: nearest}).allocate(llama()))) == {2}
+    assert set(bits_by_block(ByImportance(scores, levels, **{key: nearest}).allocate(llama()))) == {2}
 
 
 def test_an_average_above_the_highest_level_names_the_nearest_one_which_then_works():
