@@ -171,17 +171,21 @@ def main(path: str, data_dir: str, out_dir: str, num_windows: str, step: str, *n
     curve = Curve(copy.deepcopy(original), ids, batch_size=8)
     blocks = {name: LIM().score(original, refs, text) for name in ("LIM",)}
     blocks["ZD"] = ZD().score(original, refs)
+    measured = {}
+    width = math.gcd(*(ref.shape[1] for ref in refs))
+    for pair in PAIRS:
+        started = time.monotonic()
+        schemes = [scheme("RTN", bits, width) for bits in pair]  # of all costs, whatever the backend
+        by_block = {**blocks, "OutputKL": OutputKL(schemes, start="rtn").score(original, refs, text)}
+        by_layer = OutputKL(schemes, start="rtn", unit="layer").score(original, refs, text)
+        measured[pair] = schemes, by_block, by_layer
+        print(f"{pair[0]} to {pair[1]}: scored in {time.monotonic() - started:.0f} s", flush=True)
     for backend in names or [name for name in BACKENDS if hasattr(initializers, name)]:
         started = time.monotonic()
         weights = quantized_weights(original, source, tokenizer, backend, folder)
         print(f"{backend}: quantized in {time.monotonic() - started:.0f} s", flush=True)
         for high, low in PAIRS:
-            started = time.monotonic()
-            width = math.gcd(*(ref.shape[1] for ref in refs))
-            schemes = [scheme("RTN", bits, width) for bits in (high, low)]  # of all costs, whatever the backend
-            scores = {**blocks, "OutputKL": OutputKL(schemes, start="rtn").score(original, refs, text)}
-            layers = OutputKL(schemes, start="rtn", unit="layer").score(original, refs, text)
-            print(f"{high} to {low}: scored in {time.monotonic() - started:.0f} s", flush=True)
+            schemes, scores, layers = measured[high, low]
             members = scores["LIM"].members
             counts = range(0, len(members) + 1, int(step))
             plans = []
