@@ -1,7 +1,9 @@
 """Which layer gets which scheme."""
 
 from kdqat.allocate.base import BitAllocator
+from kdqat.allocate.by_importance import ByImportance
 from kdqat.allocate.from_file import FromFile
+from kdqat.allocate.knapsack import Knapsack
 from kdqat.allocate.uniform import Uniform
 
-__all__ = ["BitAllocator", "FromFile", "Uniform"]
+__all__ = ["BitAllocator", "ByImportance", "FromFile", "Knapsack", "Uniform"]

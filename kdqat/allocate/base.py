@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from kdqat.spec import QuantPlan
 from kdqat.types import LayerRef
@@ -16,6 +17,10 @@ class BitAllocator(ABC):
     @abstractmethod
     def allocate(self, layers: Sequence[LayerRef]) -> QuantPlan:
         """The plan for `layers`; every layer is either in it or among its `ignored`."""
+
+    def explain(self, layers: Sequence[LayerRef]) -> dict[str, Any] | None:
+        """Why each layer got its bits (`kdqat.spec.Allocation.to_json`); None where nothing was weighed up."""
+        return None
 
 
 def matches(pattern: str, layer: LayerRef) -> bool:

@@ -18,6 +18,7 @@ from kdqat.allocate import BitAllocator
 from kdqat.data import TextData
 from kdqat.evaluators import Evaluator
 from kdqat.exporters import Exporter
+from kdqat.importance import ImportanceScorer
 from kdqat.initializers import Initializer
 from kdqat.losses import DistillLoss
 from kdqat.models import Teacher
@@ -32,6 +33,7 @@ _BASES: dict[str, type] = {
     "teacher": Teacher,
     "initializer": Initializer,
     "data": TextData,
+    "scorer": ImportanceScorer,
     "evaluate": Evaluator,
     "export": Exporter,
     "callbacks": L.Callback,

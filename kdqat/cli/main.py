@@ -18,6 +18,7 @@ Further options: --config FILE (its keys win), --print_config (the resolved reci
 
 VERBS = {
     "quantize": "prepare a student: plan, swap, first scales             -> prepared/",
+    "score": "how much each block or layer matters                   -> scores.json scores.png",
     "cache": "let the teacher answer the recipe's rows beforehand     -> the cache folder",
     "fit": "train it against its teacher, evaluate, export        -> student/ eval.json export/",
     "validate": "KL and perplexity on the recipe's validation rows     -> validation.json",

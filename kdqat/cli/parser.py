@@ -16,17 +16,32 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from kdqat import allocate, callbacks, data, evaluators, exporters, initializers, losses, models, quant, training
+from kdqat import (
+    allocate,
+    callbacks,
+    data,
+    evaluators,
+    exporters,
+    importance,
+    initializers,
+    losses,
+    models,
+    quant,
+    training,
+)
 from kdqat.cli.explain import explain, keys_of, nearest
 from kdqat.data import TextData
 from kdqat.evaluators import Evaluator
 from kdqat.exporters import Exporter
+from kdqat.importance import Scoring
 from kdqat.models import Teacher
 from kdqat.report import RunDir, read_yaml
 from kdqat.training import KDQATModule
 
-METHODS = (allocate, callbacks, data, evaluators, exporters, initializers, losses, models, quant, training)
-SECTIONS = ("seed_everything", "model", "data", "trainer", "evaluate", "export")
+METHODS = (
+    allocate, callbacks, data, evaluators, exporters, importance, initializers, losses, models, quant, training
+)  # fmt: skip
+SECTIONS = ("seed_everything", "model", "data", "trainer", "score", "evaluate", "export")
 
 
 @dataclass
@@ -41,6 +56,7 @@ class Recipe:
     evaluators: list[Evaluator]
     exporters: list[Exporter]
     run: RunDir
+    scoring: Scoring | None = None
     judge: Teacher | None = None  # measures where nobody teaches
 
 
@@ -80,6 +96,7 @@ def parse_recipe(path: Path, arguments: Sequence[str] = ()) -> Recipe:
         evaluators=list(built.evaluate or ()),
         exporters=list(built.export or ()),
         run=RunDir(built.trainer.default_root_dir),
+        scoring=built.get("score"),
     )
 
 
@@ -92,6 +109,7 @@ def build_parser() -> ArgumentParser:
     # not add_subclass_arguments, which would take a text file named in init_args for a further recipe and read it
     parser.add_argument("--data", type=TextData | None, default=None, help="what to train on")
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
+    parser.add_argument("--score", type=Scoring | None, default=None, help="how much each block or layer matters")
     parser.add_argument("--evaluate", type=list[Evaluator], default=[], help="what to measure")
     parser.add_argument("--export", type=list[Exporter], default=[], help="formats to write")
     return parser

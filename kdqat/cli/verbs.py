@@ -10,8 +10,10 @@ from rich.console import Console
 
 from kdqat import api
 from kdqat.callbacks import StopOnSignal
+from kdqat.cli.allocation import write_allocation
 from kdqat.cli.cache import cache
 from kdqat.cli.parser import Recipe, parse_recipe
+from kdqat.cli.score import score
 from kdqat.cli.session import (
     begin,
     compare,
@@ -33,7 +35,7 @@ from kdqat.training import newest_complete
 from kdqat.training.gather import gather_student
 from kdqat.training.planner import describe, print_plan
 
-__all__ = ["cache", "eval", "export", "fit", "generate", "quantize", "signals", "validate"]
+__all__ = ["cache", "eval", "export", "fit", "generate", "quantize", "score", "signals", "validate"]
 
 
 def quantize(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -42,6 +44,7 @@ def quantize(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     student = recipe.model.prepare()
     start("quantize", recipe, options)
     save(student, recipe.run.prepared)
+    write_allocation(recipe, student)
     console.print(f"prepared student: {recipe.run.prepared}")
 
 
@@ -63,6 +66,8 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     api.require_answers(recipe.model, recipe.data)
     start("fit", recipe, options)
     if first_process():
+        if not recipe.run.prepared.is_dir():  # else `quantize` has written what the plan was made from
+            write_allocation(recipe, student)
         _announce(recipe)
     if recipe.evaluators and first_process():
         measure_rtn(recipe, student)

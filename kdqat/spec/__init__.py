@@ -8,6 +8,7 @@ export therefore writes codes and never recomputes them.
 This file imports no torch: `kdqat report` and `kdqat --help` read it too.
 """
 
+from kdqat.spec.allocation import ALLOCATION_FILE, Allocation, Choice, describe_budget, explain_allocation
 from kdqat.spec.formats import NumberFormat, number_format
 from kdqat.spec.layer_scheme import DeployOnly, KVCacheScheme, LayerScheme
 from kdqat.spec.parse import parse_kv_cache, parse_scheme, preset, preset_name
@@ -15,11 +16,16 @@ from kdqat.spec.plan import PLAN_FILE, LayerShape, QuantPlan
 from kdqat.spec.presets import KV_PRESETS, PRESETS
 from kdqat.spec.quant_spec import QuantSpec
 from kdqat.spec.scale_dtype import ScaleDtype
+from kdqat.spec.scores import SCORES_FILE, Scores, Unit, scheme_names
 
 __all__ = [
+    "ALLOCATION_FILE",
     "KV_PRESETS",
     "PLAN_FILE",
     "PRESETS",
+    "SCORES_FILE",
+    "Allocation",
+    "Choice",
     "DeployOnly",
     "KVCacheScheme",
     "LayerScheme",
@@ -28,9 +34,14 @@ __all__ = [
     "QuantPlan",
     "QuantSpec",
     "ScaleDtype",
+    "Scores",
+    "Unit",
+    "describe_budget",
+    "explain_allocation",
     "number_format",
     "parse_kv_cache",
     "parse_scheme",
     "preset",
     "preset_name",
+    "scheme_names",
 ]

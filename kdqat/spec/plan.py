@@ -35,20 +35,29 @@ class QuantPlan(Mapping[str, LayerScheme]):
         kv_cache: of keys and values after RoPE, in every block.
         deploy_only: fake quantizers that are off while training and on in evaluation and exports, of "activation",
             "output" and "kv_cache": train W4A16, deploy W4A4. Weights are the same in both, or codes would differ.
+        families: planned layers that a serving engine fuses into one matmul (q, k and v; gate and up; the experts of a
+            layer), as far as the plan's maker gave each family one scheme.
 
     Raises:
-        ValueError: for an unknown word in deploy_only.
+        ValueError: for an unknown word in deploy_only, or a family of layers that are not planned, or in two families.
     """
 
     layers: Mapping[str, LayerScheme]
     ignored: tuple[str, ...] = field(default=())
     kv_cache: KVCacheScheme | None = None
     deploy_only: tuple[DeployOnly, ...] = ()
+    families: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for word in self.deploy_only:
             if word not in get_args(DeployOnly):
                 raise ValueError(f"deploy_only: {word!r} is unknown: use {', '.join(get_args(DeployOnly))}")
+        seen: set[str] = set()
+        for name in (name for family in self.families for name in family):
+            if name not in self.layers or name in seen:
+                fault = "is in two families" if name in seen else "is in a family but not planned"
+                raise ValueError(f"families: layer {name!r} {fault}")
+            seen.add(name)
 
     def __getitem__(self, name: str) -> LayerScheme:
         return self.layers[name]
@@ -85,6 +94,7 @@ class QuantPlan(Mapping[str, LayerScheme]):
             "ignored": list(self.ignored),
             "kv_cache": None if self.kv_cache is None else asdict(self.kv_cache),
             "deploy_only": list(self.deploy_only),
+            "families": [list(family) for family in self.families],
         }
 
     @classmethod
@@ -105,6 +115,7 @@ class QuantPlan(Mapping[str, LayerScheme]):
             tuple(data.get("ignored", ())),
             None if data.get("kv_cache") is None else parse_kv_cache(data["kv_cache"]),
             tuple(data.get("deploy_only", ())),
+            tuple(tuple(family) for family in data.get("families", ())),
         )
 
     def save(self, path: Path) -> None:

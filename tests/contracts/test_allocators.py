@@ -12,11 +12,12 @@ import pkgutil
 import pytest
 
 import kdqat.allocate
-from kdqat.allocate import BitAllocator, FromFile, Uniform
+from kdqat.allocate import BitAllocator, ByImportance, FromFile, Knapsack, Uniform
 from kdqat.models import layer_refs
 from kdqat.models.toy import toy_model
 from kdqat.quant import MinMax, apply_plan, measure_coverage, require_coverage
-from kdqat.spec import QuantPlan
+from kdqat.spec import QuantPlan, explain_allocation, preset_name
+from tests.allocate.toy import layer_scores
 
 
 def found_allocators() -> list[type[BitAllocator]]:
@@ -33,7 +34,20 @@ def from_file(folder) -> FromFile:
     return FromFile(str(folder))
 
 
+def by_importance(folder) -> ByImportance:
+    layer_scores(lambda layer: float(layer.shape[0]), layer_refs(toy_model("llama"))).save(folder)
+    return ByImportance(str(folder), ["W8A16_G32", "W4A16_G32"], average_bits=6.0)
+
+
+def knapsack(folder) -> Knapsack:
+    costs = {"W4A16_G32": lambda layer: float(layer.shape[0]), "W8A16_G32": lambda layer: 0.1}
+    layer_scores(lambda layer: 0.0, layer_refs(toy_model("llama")), **costs).save(folder)
+    return Knapsack(str(folder), average_bits=6.0)
+
+
 ARGUMENTS = {
+    ByImportance: by_importance,
+    Knapsack: knapsack,
     Uniform: lambda folder: Uniform("W4A16_G32", overrides={"v": "W8A16"}),
     FromFile: from_file,
 }
@@ -42,7 +56,11 @@ every_allocator = pytest.mark.parametrize("cls", found_allocators(), ids=lambda 
 
 
 def test_the_walk_finds_the_allocators_and_all_of_them_are_public():
-    assert {"Uniform", "FromFile"} <= {cls.__name__ for cls in found_allocators()} <= set(kdqat.allocate.__all__)
+    assert (
+        {"Uniform", "FromFile", "ByImportance", "Knapsack"}
+        <= {cls.__name__ for cls in found_allocators()}
+        <= set(kdqat.allocate.__all__)
+    )
 
 
 @every_allocator
@@ -69,3 +87,16 @@ def test_it_is_repeatable_and_gives_an_equal_plan_after_a_round_trip(cls, tmp_pa
     plan = allocator.allocate(layers)
     assert allocator.allocate(layers) == plan == QuantPlan.from_json(plan.to_json())
     assert plan.average_bits(layers) > plan.nominal_bits(layers) >= 4
+
+
+@every_allocator
+def test_its_reasons_name_every_layer_that_a_budget_decided_and_its_scheme(cls, tmp_path):
+    layers = layer_refs(toy_model("llama"))
+    allocator = ARGUMENTS[cls](tmp_path)
+    plan, content = allocator.allocate(layers), allocator.explain(layers)
+    if content is None:
+        return
+    assert content["allocator"] == cls.__name__ and content["used_bits"] <= content["budget_bits"]
+    named = {name: choice["scheme"] for choice in content["choices"] for name in choice["layers"]} | content["fixed"]
+    assert named == {name: preset_name(scheme) for name, scheme in plan.items()}
+    assert all(row["why"] for row in explain_allocation(content))

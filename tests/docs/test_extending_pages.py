@@ -16,7 +16,14 @@ from kdqat.initializers import RTN
 from kdqat.losses import ForwardKL
 from kdqat.spec import LayerScheme, QuantPlan, QuantSpec, parse_kv_cache, preset
 from kdqat.types import BlockView, LayerRef
-from tests.contracts import test_allocators, test_exporters, test_initializers, test_losses, test_quantizers
+from tests.contracts import (
+    test_allocators,
+    test_exporters,
+    test_initializers,
+    test_losses,
+    test_quantizers,
+    test_scorers,
+)
 from tests.docs.examples import NAMES, PAGES, SNIPPET, SOURCE, parsed, student
 from tests.quant.specs import SOME_GRIDS, make_spec, spec_id
 
@@ -24,8 +31,18 @@ every_grid = pytest.mark.parametrize("spec", SOME_GRIDS, ids=spec_id)
 
 
 def test_there_is_a_page_for_every_kind_and_the_index_names_it():
-    kinds = {"quantizer", "loss", "initializer", "allocator", "exporter", "evaluator", "callback", "data_source"}
-    assert set(NAMES) == {*kinds, "format", "model_family"}
+    kinds = {
+        "quantizer",
+        "loss",
+        "initializer",
+        "allocator",
+        "exporter",
+        "evaluator",
+        "callback",
+        "data_source",
+        "scorer",
+    }
+    assert set(NAMES) == {*kinds, "data_source", "format", "model_family"}
     index = (PAGES / "README.md").read_text()
     assert all(f"({name}.md)" in index for name in NAMES)
 
@@ -41,6 +58,7 @@ def test_a_page_has_a_complete_example_a_recipe_and_names_its_test(page):
 def test_the_recipe_of_a_page_parses_and_builds_the_example(page, folder, tmp_path):
     recipe = parsed(page, tmp_path)
     built = [recipe.model.loss, recipe.model.allocator, recipe.model.initializer, recipe.data]
+    built += [recipe.scoring.scorer] if recipe.scoring is not None else []
     built += [*recipe.evaluators, *recipe.exporters, *(recipe.trainer["callbacks"] or [])]
     built.append(recipe.model.quantizer(preset("W4A16").weight, torch.Size((8, 32))))
     own = {type(part).__module__ for part in built} & {path.stem for path in folder.glob("*.py")}
@@ -175,6 +193,17 @@ def test_the_allocator_meets_the_allocator_contract_and_spends_at_the_edges(exam
     layers = [LayerRef(f"model.layers.{i}.mlp.up_proj", i, "up", (64, 64)) for i in range(5)]
     plan = cls("W3A16", "W8A16", num_edge=2).allocate(layers)
     assert [plan[layer.name].weight.bits for layer in layers] == [8, 8, 3, 8, 8]
+
+
+def test_the_scorer_meets_the_scorer_contract_and_finds_heavy_tails(example):
+    cls = example("kurtosis").Kurtosis
+    test_scorers.test_every_unit_it_can_score_gets_a_finite_number_and_units_cover_the_blocks(cls)
+    test_scorers.test_it_is_repeatable_and_survives_json(cls)
+    test_scorers.test_the_model_is_as_it_was(cls)
+    split = test_scorers.split_model()
+    with torch.no_grad():
+        split.model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = 5.0
+    assert test_scorers.scores_of(cls, split).ranking()[0] == "model.layers.1"
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_G32", "W8A16_G64"])
