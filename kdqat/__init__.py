@@ -12,13 +12,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize", "signals"),
-    "kdqat.allocate": ("BitAllocator", "FromFile", "Uniform"),
+    "kdqat.allocate": ("BitAllocator", "ByImportance", "FromFile", "Knapsack", "Uniform"),
     "kdqat.callbacks": (
         "BlockProgressive",
         "Divergence",
         "Freeze",
         "FreezeWindow",
         "GradientLog",
+        "LoraAdapters",
         "NothingMoved",
         "OscillationLog",
         "ScalesFirst",
@@ -27,9 +28,18 @@ _PUBLIC = {
     ),
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
     "kdqat.calibrate": ("Calibration",),
-    "kdqat.callbacks": ("LoraAdapters",),
     "kdqat.evaluators": ("EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement"),
     "kdqat.exporters": ("DequantizedHF", "Exporter"),
+    "kdqat.importance": (
+        "LIM",
+        "ZD",
+        "ActivationNorm",
+        "Fisher",
+        "HessianTrace",
+        "ImportanceScorer",
+        "OutputKL",
+        "WeightSQNR",
+    ),
     "kdqat.initializers": ("FPQ", "RTN", "Initializer", "MSEGrid"),
     "kdqat.losses": (
         "CAKLD",
@@ -62,7 +72,7 @@ _PUBLIC = {
         "full_precision",
         "strip_fake_quant",
     ),
-    "kdqat.spec": ("LayerScheme", "QuantPlan", "QuantSpec", "preset"),
+    "kdqat.spec": ("LayerScheme", "QuantPlan", "QuantSpec", "Scores", "preset"),
     "kdqat.student": ("Student", "load_student", "prepare_student", "save_student"),
     "kdqat.training": ("Checkpoints", "KDQATModule", "Parallel", "WarmupCosine"),
 }

@@ -34,9 +34,7 @@ from kdqat.files import write_text
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "quantize": ("prepared",),
-    "fit": (
-        "checkpoints", "student", "metrics.csv", "tensorboard", "signals.parquet", "adapters.json", "adapter",
-    ),  # fmt: skip
+    "fit": ("checkpoints", "student", "metrics.csv", "tensorboard", "signals.parquet", "adapters.json", "adapter"),
     "validate": ("validation.json",),
     "eval": ("eval.json",),
     "signals": ("signals.json",),

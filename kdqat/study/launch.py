@@ -107,6 +107,10 @@ def _forked(verb: Verb, arguments: list[str], environment: dict[str, str], log: 
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(environment)
     sys.argv = ["kdqat", *arguments]
+    if "OMP_NUM_THREADS" in environment:  # torch read it when it was imported
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         verb(arguments)

@@ -48,6 +48,6 @@ def gather_student(trainer: L.Trainer, module: KDQATModule) -> Student:
             )
     student.split.eval()
     if trainer.is_global_zero:
-        for edit in edits:
+        for edit in reversed(edits):  # what froze lets go before adapters are merged
             edit.finish(student)
     return student
