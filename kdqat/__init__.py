@@ -17,7 +17,7 @@ _PUBLIC = {
     "kdqat.calibrate": ("Calibration",),
     "kdqat.evaluators": ("EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement"),
     "kdqat.exporters": ("DequantizedHF", "Exporter"),
-    "kdqat.initializers": ("FPQ", "RTN", "Initializer", "MSEGrid"),
+    "kdqat.initializers": ("AWQ", "FPQ", "GPTQ", "RTN", "Initializer", "MSEGrid", "QuantoMax", "SignRound"),
     "kdqat.losses": (
         "CAKLD",
         "TVD",
@@ -49,7 +49,7 @@ _PUBLIC = {
         "full_precision",
         "strip_fake_quant",
     ),
-    "kdqat.spec": ("LayerScheme", "QuantPlan", "QuantSpec", "preset"),
+    "kdqat.spec": ("LayerScheme", "QuantPlan", "QuantSpec", "preset", "quanto_scheme"),
     "kdqat.student": ("Student", "load_student", "prepare_student", "save_student"),
     "kdqat.training": ("Checkpoints", "KDQATModule", "Parallel", "WarmupCosine"),
 }
