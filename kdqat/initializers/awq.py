@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from kdqat.calibrate import AbsMean, BlockCall, Hessian, calibrating, needs_range
+from kdqat.calibrate.block_call import Listener
 from kdqat.initializers.awq_fold import divide_outputs, foldable, multiply_inputs
 from kdqat.initializers.awq_search import search_clip, search_scale
 from kdqat.initializers.base import Initializer
-from kdqat.initializers.rewrite import naming, quantized_layers, round_to_nearest, without_inputs
+from kdqat.initializers.rewrite import naming, quantized_layers, require_rows, round_to_nearest, without_inputs
 from kdqat.models.roles import Family
 from kdqat.quant import QuantizedLayer, kv_caches
 from kdqat.types import BlockView
@@ -79,11 +80,7 @@ class AWQ(Initializer):
     def _set_range(self, layer: QuantizedLayer, hessian: Tensor, *, clip: bool) -> None:
         weight, quantizer = layer.as_matrix(layer.weight).float(), layer.weight_fake_quantizer
         assert quantizer is not None
-        if len(hessian) != weight.shape[1]:
-            raise ValueError(
-                f"its inputs have {len(hessian)} features and its weight {weight.shape[1]} columns, as in a convolution: "
-                "use MSEGrid, or put it into `ignore`"
-            )
+        require_rows(hessian, weight)
         quantizer.load_qparams(
             search_clip(weight, quantizer, hessian, num_steps=self.num_clip_steps, max_shrink=self.max_shrink)
             if clip
@@ -115,7 +112,7 @@ class AWQ(Initializer):
         return hessians
 
 
-def _both(hessian: Hessian, mean: AbsMean):  # type: ignore[no-untyped-def]
+def _both(hessian: Hessian, mean: AbsMean) -> Listener:
     def listen(x: Tensor) -> None:
         hessian.update(x)
         mean.update(x)
@@ -159,7 +156,6 @@ def _refuse_static_ranges(layers: Mapping[str, QuantizedLayer], call: BlockCall)
                 f"layer {name}: AWQ rescales activations, and its static activation range is set before that: use "
                 "dynamic ranges (dynamic: true), or GPTQ"
             )
-    if call.prefix and any(
-        needs_range(q) for cache in kv_caches(call.module).values() for q in cache.quantizers().values()
-    ):
+    cached = [quantizer for cache in kv_caches(call.module).values() for quantizer in cache.quantizers().values()]
+    if call.prefix and any(needs_range(quantizer) for quantizer in cached):
         raise ValueError(f"block {call.prefix}: AWQ rescales what a static KV cache has its range for: use KV8 or GPTQ")

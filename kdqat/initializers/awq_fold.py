@@ -78,4 +78,4 @@ def _matrix(layer: Any) -> Tensor:
     """The weight as [O, I], sharing its memory."""
     if isinstance(layer, FakeQuantLayer):
         return layer.as_matrix(layer.weight)
-    return kind_of(layer).as_matrix(layer, layer.weight)  # type: ignore[arg-type]
+    return kind_of(layer).as_matrix(layer, layer.weight)

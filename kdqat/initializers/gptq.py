@@ -17,7 +17,14 @@ from torch import Tensor
 from kdqat.calibrate import Hessian
 from kdqat.initializers.base import Initializer
 from kdqat.initializers.gptq_solve import solve
-from kdqat.initializers.rewrite import naming, quantized_layers, round_to_nearest, without_inputs, write_values
+from kdqat.initializers.rewrite import (
+    naming,
+    quantized_layers,
+    require_rows,
+    round_to_nearest,
+    without_inputs,
+    write_values,
+)
 from kdqat.quant import QuantizedLayer, full_precision
 from kdqat.types import BlockView
 
@@ -81,11 +88,7 @@ class GPTQ(Initializer):
     def _initialize(self, layer: QuantizedLayer, hessian: Tensor) -> None:
         weight, quantizer = layer.as_matrix(layer.weight), layer.weight_fake_quantizer
         assert quantizer is not None
-        if len(hessian) != weight.shape[1]:
-            raise ValueError(
-                f"its inputs have {len(hessian)} features and its weight {weight.shape[1]} columns, as in a convolution: "
-                "use MSEGrid, or put it into `ignore`"
-            )
+        require_rows(hessian, weight)
         solution = solve(
             weight,
             hessian,

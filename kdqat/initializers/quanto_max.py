@@ -1,8 +1,9 @@
 """The "max" optimizer of Hugging Face's optimum-quanto, the backend of https://arxiv.org/abs/2406.17415.
 
-int2 and int4: scale = (max - min) / (2^b - 1) and a float shift, min, for each group: value = scale * code + min. int8:
-scale = max |w| / 127 for each channel. That is what RTN does under such specs; this class takes no other ones, so that a
-row of a table with its name is what the name says. Groups are those of the plan; `quanto_scheme` gives quanto's own.
+int2 and int4: scale = (max - min) / (2^b - 1) and a float shift, min, for each group: value = scale * code + min.
+int8: scale = max |w| / 127 for each channel. That is what RTN does under such specs; this class takes no other ones, so
+that a row of a table with its name is what the name says. Groups are those of the plan: `quanto_scheme` (kdqat.spec)
+gives quanto's own.
 """
 
 from __future__ import annotations

@@ -41,11 +41,11 @@ def quantized_layers(layers: Mapping[str, QuantizedLayer]) -> dict[str, Quantize
     """
     found = {name: layer for name, layer in layers.items() if layer.weight_fake_quantizer is not None}
     for name, layer in found.items():
-        kind = type(layer.weight_fake_quantizer)
-        if not kind.uses_stored_qparams:
+        quantizer = layer.weight_fake_quantizer
+        if quantizer is not None and not quantizer.uses_stored_qparams:
             raise ValueError(
-                f"layer {name}: {kind.__name__} recomputes its ranges from the live weight and cannot take scales: "
-                "use the RTN initializer with it, or the LSQ or Fixed quantizer"
+                f"layer {name}: {type(quantizer).__name__} recomputes its ranges from the live weight and cannot take "
+                "scales: use the RTN initializer with it, or the LSQ or Fixed quantizer"
             )
     return found
 
@@ -54,6 +54,15 @@ def without_inputs(layers: Mapping[str, QuantizedLayer]) -> dict[str, QuantizedL
     """Embeddings, which are lookups, and the heads that share their weight and its quantizer."""
     tables = {id(layer.weight) for layer in layers.values() if isinstance(layer, nn.Embedding)}
     return {name: layer for name, layer in layers.items() if id(layer.weight) in tables}
+
+
+def require_rows(hessian: Tensor, weight: Tensor) -> None:
+    """A ValueError where inputs [tokens, features] are not what the columns of `weight` [O, I] multiply."""
+    if len(hessian) != weight.shape[1]:
+        raise ValueError(
+            f"its inputs have {len(hessian)} features and its weight {weight.shape[1]} columns, as in a convolution: "
+            "use MSEGrid, or put it into `ignore`"
+        )
 
 
 def round_to_nearest(layers: Mapping[str, QuantizedLayer], *, method: str, reason: str) -> None:

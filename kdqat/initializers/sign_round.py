@@ -132,9 +132,8 @@ def _standing_in(layers: Mapping[str, QuantizedLayer], learners: Learners) -> It
 
 
 def _state(learners: Learners) -> State:
-    return {
-        name: (learner.offset.detach().clone(), learner.shares.detach().clone()) for name, learner in learners.items()
-    }
+    """A copy of what has been learned."""
+    return {name: (learner.offset.clone(), learner.shares.clone()) for name, learner in learners.items()}
 
 
 def _load(learners: Learners, state: State) -> None:

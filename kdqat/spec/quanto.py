@@ -13,7 +13,7 @@ LARGEST_GROUP, GROUP_STEP = 128, 32
 
 
 def quanto_group_size(width: int) -> int | None:
-    """128, or as many times 32 less as it takes to divide `width`; None: not even 32 does, one group for each output."""
+    """128, or as many times 32 less as it takes to divide `width`; None: not even 32 does, a scale for each output."""
     for group_size in range(LARGEST_GROUP, 0, -GROUP_STEP):
         if width % group_size == 0:
             return group_size
