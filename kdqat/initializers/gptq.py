@@ -42,13 +42,13 @@ class GPTQ(Initializer):
         block_size: columns whose updates of the rest are gathered; changes speed and nothing else. With groups whose
             scales are found on the way it is rounded to whole groups.
         mse: scales of the least weight error |w - w^|^2.4 instead of the spec's rule.
-        sequential: inputs from the quantized blocks before; False: from those in full precision.
 
     Raises:
         ValueError: for numbers that make no sense, or act_order without static_groups.
     """
 
     needs_calibration: ClassVar[bool] = True
+    sequential = True  # nothing else is to be had: the latent weights before are quantized ones by then
     rewrites_weights = True
 
     def __init__(
@@ -59,7 +59,6 @@ class GPTQ(Initializer):
         static_groups: bool = False,
         block_size: int = 128,
         mse: bool = False,
-        sequential: bool = True,
     ) -> None:
         if damping < 0 or block_size < 1:
             raise ValueError("GPTQ needs damping >= 0 and block_size >= 1")
@@ -69,7 +68,7 @@ class GPTQ(Initializer):
                 "set static_groups: true with it"
             )
         self.damping, self.act_order, self.static_groups = damping, act_order, static_groups
-        self.block_size, self.mse, self.sequential = block_size, mse, sequential
+        self.block_size, self.mse = block_size, mse
 
     @torch.no_grad()
     def initialize(self, block: BlockView) -> None:

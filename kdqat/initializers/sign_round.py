@@ -35,21 +35,19 @@ class SignRound(Initializer):
         num_steps: of descent for each block; a step sees one micro-batch of the calibration text.
         lr: rate of the first step; None: 1 / num_steps.
         seed: of the order in which micro-batches come.
-        sequential: inputs from the quantized blocks before; False: from those in full precision.
 
     Raises:
         ValueError: for numbers that make no descent.
     """
 
     needs_calibration: ClassVar[bool] = True
+    sequential = True
     rewrites_weights = True
 
-    def __init__(
-        self, *, num_steps: int = 200, lr: float | None = None, seed: int = 0, sequential: bool = True
-    ) -> None:
+    def __init__(self, *, num_steps: int = 200, lr: float | None = None, seed: int = 0) -> None:
         if num_steps < 1 or (lr is not None and lr <= 0):
             raise ValueError("SignRound needs num_steps >= 1 and lr > 0")
-        self.num_steps, self.seed, self.sequential = num_steps, seed, sequential
+        self.num_steps, self.seed = num_steps, seed
         self.lr = 1 / num_steps if lr is None else lr
         self._next: int | None = None  # the block whose full-precision inputs are kept
         self._originals: list[Tensor] = []
@@ -81,11 +79,11 @@ class SignRound(Initializer):
 
     def _targets(self, index: int, call: BlockCall) -> list[Tensor]:
         """What the block gives in the full-precision model, which is what the next block gets there."""
-        kept = self.sequential and self._next == index and len(self._originals) == len(call.inputs)
+        kept = self._next == index and len(self._originals) == len(call.inputs)
         originals = self._originals if kept else call.inputs
         with calibrating(call.module, sequential=False):
             targets = [call.replay(i, hidden).to(hidden.device) for i, hidden in enumerate(originals)]
-        self._next, self._originals = index + 1, targets if self.sequential else []
+        self._next, self._originals = index + 1, targets
         return targets
 
     def _learn(self, learners: Learners, call: BlockCall, targets: list[Tensor]) -> None:
