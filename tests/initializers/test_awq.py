@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from kdqat.allocate import Uniform
-from kdqat.calibrate import Calibration
+from kdqat.calibrate import Calibration, Hessian, stream_blocks
 from kdqat.initializers import AWQ, RTN
 from kdqat.initializers.awq_search import rounded, search_clip, search_scale
 from kdqat.models import ModelSource, SplitModel
@@ -42,9 +43,16 @@ def plan_of(kind: str) -> Uniform:
 
 @pytest.mark.parametrize("kind", FOLDED)
 def test_the_full_precision_model_is_unchanged_by_the_folded_scales(kind):
-    student = prepare_student(ModelSource(f"toy:{kind}"), plan_of(kind), Fixed, AWQ(), calibration=TEXT)
-    assert hidden_error(student, TEXT, quantized=False) < 1e-5
-    original = toy_model(kind).state_dict()
+    split = SplitModel(toy_model(kind))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        for p in split.parameters():  # toys have biases of 0 and norms of 1
+            p.add_(0.1 * torch.randn_like(p) * (p.ndim == 1))
+    before = copy.deepcopy(split)
+    source = ModelSource(f"toy:{kind}")
+    student = prepare_student(source, plan_of(kind), Fixed, AWQ(), calibration=TEXT, split=split)
+    assert hidden_error(student, TEXT, quantized=False, original=before) < 1e-5
+    original = before.model.state_dict()
     moved = [name for name, p in student.model.state_dict().items() if name in original and not p.equal(original[name])]
     assert any("norm" in name or "ln_" in name for name in moved)  # something was folded
 
@@ -124,6 +132,24 @@ def test_q_and_k_are_not_clipped_and_v_feeds_o_only_where_they_are_equally_wide(
     student = prepare_student(ModelSource("toy:opt"), Uniform("W3A16_G32"), Fixed, AWQ(), calibration=TEXT)
     out = student.layers["model.decoder.layers.0.self_attn.out_proj"]
     assert not torch.equal(out.weight, toy_model("opt").model.decoder.layers[0].self_attn.out_proj.weight)
+
+
+def test_ranges_are_clipped_for_the_inputs_that_layers_have_after_folding():
+    initializer, used = AWQ(), []
+    original = AWQ._set_range
+    initializer._set_range = lambda layer, hessian, **k: (
+        used.append(hessian),
+        original(initializer, layer, hessian, **k),
+    )
+    student = prepare_student(ModelSource("toy:llama"), Uniform("W3A16_G32"), Fixed, initializer, calibration=TEXT)
+    heard = {name: Hessian() for name in student.layers}
+    for call in stream_blocks(student.split, TEXT.batches(student.tokenizer)):
+        own = {name: h.update for name, h in heard.items() if call.prefix and name.startswith(call.prefix + ".")}
+        call.run(on_input=own)
+    assert len(used) == len(heard) == 14
+    order = [name for block in (0, 1) for name in student.layers if f"layers.{block}." in name]
+    for hessian, name in zip(used, order, strict=True):
+        torch.testing.assert_close(hessian, heard[name].matrix, rtol=1e-3, atol=1e-2)
 
 
 def test_a_consumer_that_stays_in_full_precision_takes_its_scale_too():

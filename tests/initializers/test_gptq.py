@@ -110,6 +110,7 @@ def test_inputs_that_are_always_zero_round_to_nearest_and_disturb_nobody():
     found = solved(spec, weight, inputs).values
     assert torch.equal(found[:, [3, 17]], rtn(spec, weight)[:, [3, 17]])
     torch.testing.assert_close(found[:, alive], solved(spec, weight[:, alive], inputs[:, alive]).values)
+    assert solved(spec, weight, inputs, damping=0.0).values.isfinite().all()  # they do not make H singular
 
 
 def test_few_tokens_make_a_singular_hessian_which_damping_mends():

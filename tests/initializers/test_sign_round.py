@@ -82,6 +82,23 @@ def test_no_learning_leaves_rtns_codes():
         assert torch.equal(codes, layer.weight_fake_quantizer.codes(layer.weight))
 
 
+@pytest.mark.parametrize(("at_the_end", "kept"), [([3.0, 3.0], "start"), ([1.0, 3.0], "last"), ([3.0, 1.0], "best")])
+def test_the_state_with_the_least_error_on_all_the_text_is_kept(at_the_end, kept, monkeypatch):
+    """Losses by script: two micro-batches at the start, three steps, then all text for the last and the best state."""
+    learner, states = learner_of(make_spec(4)), {}
+    losses = iter([1.0, 1.0, 0.9, 0.5, 0.8, at_the_end[0], 0.0, at_the_end[1], 0.0])
+
+    def loss(self, call, i, target):
+        states.setdefault(len(states), learner.offset.detach().clone())
+        return learner.values(learner.qparams()).sum() * 0 + learner.offset.sum() * 1e-9 + next(losses)
+
+    monkeypatch.setattr(SignRound, "_loss", loss)
+    with torch.no_grad():
+        SignRound(num_steps=3, lr=0.1)._learn({"layer": learner}, None, [torch.zeros(1)] * 2)
+    number = {"start": 0, "best": 3, "last": 5}[kept]  # calls of the loss: 0 1 start, 2 3 4 steps, 5 6 last, 7 8 best
+    assert torch.equal(learner.offset, states[number])
+
+
 def test_a_rate_that_ruins_everything_falls_back_to_rtn():
     rtn, learned = prepared(RTN()), prepared(SignRound(num_steps=3, lr=10.0))
     assert hidden_error(learned, TEXT) <= 1.01 * hidden_error(rtn, TEXT)
