@@ -40,7 +40,7 @@ _PUBLIC = {
         "OutputKL",
         "WeightSQNR",
     ),
-    "kdqat.initializers": ("FPQ", "RTN", "Initializer", "MSEGrid"),
+    "kdqat.initializers": ("AWQ", "FPQ", "GPTQ", "RTN", "Initializer", "MSEGrid", "QuantoMax", "SignRound"),
     "kdqat.losses": (
         "CAKLD",
         "TVD",
@@ -72,7 +72,7 @@ _PUBLIC = {
         "full_precision",
         "strip_fake_quant",
     ),
-    "kdqat.spec": ("LayerScheme", "QuantPlan", "QuantSpec", "Scores", "preset"),
+    "kdqat.spec": ("LayerScheme", "QuantPlan", "QuantSpec", "Scores", "preset", "quanto_scheme"),
     "kdqat.student": ("Student", "load_student", "prepare_student", "save_student"),
     "kdqat.training": ("Checkpoints", "KDQATModule", "Parallel", "WarmupCosine"),
 }

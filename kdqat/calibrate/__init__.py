@@ -3,20 +3,22 @@
 text -> calibration_batches -> stream_blocks -> BlockCall.run -> AbsMax, Range, InputSample, Hessian
 """
 
-from kdqat.calibrate.block_call import BlockCall, layer_inputs
+from kdqat.calibrate.block_call import BlockCall, calibrating, layer_inputs
 from kdqat.calibrate.ranges import calibrate_ranges, needs_range, set_range
-from kdqat.calibrate.statistics import AbsMax, Hessian, InputSample, Range
+from kdqat.calibrate.statistics import AbsMax, AbsMean, Hessian, InputSample, Range
 from kdqat.calibrate.stream import stream_blocks
 from kdqat.calibrate.text import Calibration, calibration_batches
 
 __all__ = [
     "AbsMax",
+    "AbsMean",
     "BlockCall",
     "Calibration",
     "Hessian",
     "InputSample",
     "Range",
     "calibrate_ranges",
+    "calibrating",
     "calibration_batches",
     "layer_inputs",
     "needs_range",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdqat.calibrate.statistics import InputSample
+from kdqat.models.roles import Family
 from kdqat.quant import FakeQuantExperts, full_precision
 
 Listener = Callable[[Tensor], None]
@@ -30,7 +31,10 @@ class BlockCall(ABC):
         sequential: the model computes as it is now; False: with fake quantization switched off.
         inputs: the block's hidden states [B, T, H], one tensor a micro-batch, where the stream keeps them. Empty
             outside the blocks, and once the next call has been asked for.
+        family: of the model; None where a caller made this call without one.
     """
+
+    family: Family | None = None
 
     def __init__(
         self, index: int | None, module: nn.Module, prefix: str, masks: Sequence[Tensor], *, sequential: bool
@@ -45,6 +49,22 @@ class BlockCall(ABC):
     @abstractmethod
     def forward(self, i: int) -> Any:
         """Compute micro-batch `i`; called inside `calibrating`."""
+
+    def replay(self, i: int, hidden: Tensor | None = None) -> Tensor:
+        """The block's output [B, T, H] for micro-batch `i`, with gradients and fake quantization as the caller has
+        them; for methods that learn on a block. They see to eval mode themselves (`kdqat.calibrate.calibrating`).
+
+        Args:
+            hidden: [B, T, H] in the place of `inputs[i]`, e.g. what the full-precision model gives there.
+
+        Raises:
+            ValueError: outside the blocks, where there is no such output.
+        """
+        raise ValueError("what lies outside the blocks cannot be replayed: it has no hidden states of its own")
+
+    def tokens(self, i: int, hidden: Tensor) -> Tensor:
+        """`hidden` [B, T, H] of micro-batch `i` as [tokens, H], without padding."""
+        return hidden[self._masks[i].to(hidden.device)]
 
     def run(
         self, on_input: Mapping[str, Listener] | None = None, on_output: Mapping[str, Listener] | None = None

@@ -36,6 +36,33 @@ class AbsMax:
         return _seen(self.per_feature).amax()
 
 
+class AbsMean:
+    """The mean magnitude of every feature: how much AWQ protects it (https://arxiv.org/abs/2306.00978).
+
+    Attributes:
+        sum: [I]; None before the first update.
+        num_tokens: the rows it is summed over.
+    """
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.num_tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        new = x.float().abs().sum(0)
+        self.sum = new if self.sum is None else self.sum + new
+        self.num_tokens += len(x)
+
+    @property
+    def mean(self) -> Tensor:
+        """[I].
+
+        Raises:
+            ValueError: if nothing has been seen.
+        """
+        return _seen(self.sum if self.num_tokens else None) / self.num_tokens
+
+
 class Range:
     """The smallest and the largest input of all features: what a static activation scale has to cover.
 
@@ -112,6 +139,15 @@ class Hessian:
             self.sum = x.new_zeros(x.shape[1], x.shape[1])
         self.sum.addmm_(x.T, x)  # in place: autocast would take `x.T @ x` to bf16
         self.num_tokens += len(x)
+
+    @property
+    def matrix(self) -> Tensor:
+        """`sum`, where there is one.
+
+        Raises:
+            ValueError: if nothing has been seen.
+        """
+        return _seen(self.sum if self.num_tokens else None)
 
 
 def _seen(result: Tensor | None) -> Tensor:

@@ -61,6 +61,7 @@ def stream_blocks(
             call = _Block(i, split, captured, hidden, sequential=sequential)
         else:
             call = _Outside(split, captured, sequential=sequential)
+        call.family = split.family
         try:
             yield call
             hidden = call.advance() if isinstance(call, _Block) and i < num_blocks - 1 else []
@@ -79,11 +80,15 @@ class _Block(BlockCall):
         self._device = next(self.module.parameters()).device
 
     def forward(self, i: int) -> Tensor:
+        return self.replay(i)
+
+    def replay(self, i: int, hidden: Tensor | None = None) -> Tensor:
         def here(tensor: Tensor) -> Tensor:
             return tensor.to(self._device)
 
         arguments = self._arguments[i].to(here)
-        return hidden_of(self.module(here(self.inputs[i]), *arguments.args, **arguments.kwargs))
+        states = here(self.inputs[i] if hidden is None else hidden)
+        return hidden_of(self.module(states, *arguments.args, **arguments.kwargs))
 
     def advance(self) -> list[Tensor]:
         """The block's outputs, put in the place of its inputs one by one: there is never a second stream."""

@@ -70,7 +70,8 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             write_allocation(recipe, student)
         _announce(recipe)
     if recipe.evaluators and first_process():
-        measure_rtn(recipe, student)
+        # a method that rewrites weights has quantized them already: RTN is of the source's
+        measure_rtn(recipe, None if recipe.model.initializer.rewrites_weights else student)
     try:
         trainer.fit(recipe.model, datamodule=recipe.data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # what Lightning makes of the second Ctrl-C

@@ -20,6 +20,20 @@ ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "
 
 
 @dataclass(frozen=True)
+class Fold:
+    """A factor for each feature that can move from a producer into its consumers and change nothing in between.
+
+    The producer's outputs are divided by it, the consumers' input columns multiplied. It must be all that reads the
+    producer, and nothing but products and positively homogeneous functions (ReLU, attention over values) may lie
+    between. Names are suffixes inside a block; layers that a block does not have are left out.
+    """
+
+    producer: str  # a norm, or a linear layer whose rows are divided
+    consumers: tuple[str, ...]
+    unit_offset: bool = False  # of a norm that multiplies by 1 + weight (Gemma)
+
+
+@dataclass(frozen=True)
 class Family:
     """Where things are in one architecture; all paths are relative to the causal (or masked) LM module."""
 
@@ -29,6 +43,7 @@ class Family:
     head: str | None = "lm_head"
     causal: bool = True
     packs: bool = True  # restarting position_ids separate packed documents (tests/models/test_split.py)
+    folds: tuple[Fold, ...] = ()  # what AWQ may scale; empty: nothing is known
 
     def headless(self) -> Family:
         """The same family where the model is the body itself: paths begin there, and there is no head."""
@@ -37,7 +52,20 @@ class Family:
 
 _ATTENTION = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o"}
 _GATED_MLP = {"mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"}
-_LLAMA = Family("model.layers", {**_ATTENTION, **_GATED_MLP})
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_INSIDE = (Fold("self_attn.v_proj", ("self_attn.o_proj",)), Fold("mlp.up_proj", ("mlp.down_proj",)))
+
+
+def _pre_norm(mlp_norm: str = "post_attention_layernorm", *, unit_offset: bool = False) -> tuple[Fold, ...]:
+    """Of a block with a norm before attention and one, called `mlp_norm`, before the gated MLP."""
+    norms = Fold("input_layernorm", _QKV, unit_offset), Fold(mlp_norm, _GATE_UP, unit_offset)
+    return norms + _INSIDE
+
+
+_LLAMA = Family("model.layers", {**_ATTENTION, **_GATED_MLP}, folds=_pre_norm())
+_GEMMA = replace(_LLAMA, folds=_pre_norm(unit_offset=True))
+_GEMMA2 = replace(_LLAMA, folds=_pre_norm("pre_feedforward_layernorm", unit_offset=True))
 # The experts own their weights (`kdqat.quant.experts`); the dense MLP is for blocks that a config leaves dense.
 _EXPERTS = {"mlp.experts.gate_up_proj": "gate_up", "mlp.experts.down_proj": "down", "mlp.gate": "router"}
 _SHARED_EXPERT = {
@@ -46,30 +74,51 @@ _SHARED_EXPERT = {
     "mlp.shared_expert.down_proj": "down",
     "mlp.shared_expert_gate": "router",
 }
-_MOE = Family("model.layers", {**_ATTENTION, **_GATED_MLP, **_EXPERTS, **_SHARED_EXPERT})
+_MOE = Family(
+    "model.layers",
+    {**_ATTENTION, **_GATED_MLP, **_EXPERTS, **_SHARED_EXPERT},
+    # the norm before experts is read by their router too: only a dense MLP has one of its own
+    folds=(*_pre_norm(), Fold("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",))),
+)
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite"), _LLAMA
-    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite"), _LLAMA),
+    "gemma": _GEMMA,
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
+    "cohere": replace(_LLAMA, folds=(Fold("input_layernorm", (*_QKV, *_GATE_UP)), *_INSIDE)),  # parallel branches
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _MOE),
     "phi": Family(
         "model.layers",
         {**_ATTENTION, "self_attn.dense": "o", "mlp.fc1": "up", "mlp.fc2": "down"},
+        folds=(
+            Fold("input_layernorm", (*_QKV, "mlp.fc1")),  # parallel branches; a GELU before fc2
+            Fold("self_attn.v_proj", ("self_attn.dense",)),
+        ),
     ),
     "phi3": Family(
         "model.layers",
         {"self_attn.qkv_proj": "qkv", "self_attn.o_proj": "o", "mlp.gate_up_proj": "gate_up", "mlp.down_proj": "down"},
+        folds=(
+            Fold("input_layernorm", ("self_attn.qkv_proj",)),
+            Fold("post_attention_layernorm", ("mlp.gate_up_proj",)),
+        ),
     ),
     "gpt2": Family(
         "transformer.h",
         {"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down"},
         body="transformer",
+        folds=(Fold("ln_1", ("attn.c_attn",)), Fold("ln_2", ("mlp.c_fc",))),
     ),
     "opt": Family(
         "model.decoder.layers",
         {**_ATTENTION, "self_attn.out_proj": "o", "fc1": "up", "fc2": "down"},
         packs=False,
+        folds=(
+            Fold("self_attn_layer_norm", _QKV),
+            Fold("self_attn.v_proj", ("self_attn.out_proj",)),
+            Fold("final_layer_norm", ("fc1",)),
+            Fold("fc1", ("fc2",)),  # a ReLU between them
+        ),
     ),
     "bert": Family(
         "bert.encoder.layer",

@@ -28,17 +28,18 @@ def search_clipping(
     """
     groups = groups.detach()
     best = choose_qparams(groups, grid, spec)
-    best_error = _error(groups, _as_stored(best, spec), grid, spec, norm)
+    best_error = _error(groups, as_stored(best, spec), grid, spec, norm)
     for step in range(1, num_steps):
         trial = choose_qparams(groups, grid, spec, 1.0 - (1.0 - smallest) * step / (num_steps - 1))
-        error = _error(groups, _as_stored(trial, spec), grid, spec, norm)
+        error = _error(groups, as_stored(trial, spec), grid, spec, norm)
         better = error < best_error
         best = QParams(*(torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))
         best_error = torch.where(better, error, best_error)
     return best
 
 
-def _as_stored(qparams: QParams, spec: QuantSpec) -> QParams:
+def as_stored(qparams: QParams, spec: QuantSpec) -> QParams:
+    """`qparams` of a whole tensor as they are read back, with a second level fitted to them; no gradient."""
     second = scales.fit(spec.scale_dtype, qparams.scale, qparams.zero_point)
     scale = scales.round_scale(spec.scale_dtype, qparams.scale, second)
     if spec.zero_point == "minimum":

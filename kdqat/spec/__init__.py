@@ -15,6 +15,7 @@ from kdqat.spec.parse import parse_kv_cache, parse_scheme, preset, preset_name
 from kdqat.spec.plan import PLAN_FILE, LayerShape, QuantPlan
 from kdqat.spec.presets import KV_PRESETS, PRESETS
 from kdqat.spec.quant_spec import QuantSpec
+from kdqat.spec.quanto import quanto_group_size, quanto_scheme
 from kdqat.spec.scale_dtype import ScaleDtype
 from kdqat.spec.scores import SCORES_FILE, Scores, Unit, scheme_names
 
@@ -43,5 +44,7 @@ __all__ = [
     "parse_scheme",
     "preset",
     "preset_name",
+    "quanto_group_size",
+    "quanto_scheme",
     "scheme_names",
 ]

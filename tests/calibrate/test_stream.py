@@ -162,3 +162,20 @@ def test_logits_are_never_made_for_more_than_a_chunk_of_tokens():
             heard = hear(call, ["lm_head"])
     assert chunks == [1024, 176]
     assert_same(heard, full_pass(split, batches, None))
+
+
+def test_a_block_is_replayed_on_its_inputs_or_on_others_and_padding_left_out():
+    split, batch = split_model(), text(rows=2, tokens=8)
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 5:] = 0
+    stream = stream_blocks(split, [batch._replace(attention_mask=mask)])
+    call = next(stream)
+    with torch.no_grad():
+        output = call.replay(0)
+        assert torch.equal(output, call.forward(0)) and not torch.equal(call.replay(0, 2 * call.inputs[0]), output)
+    tokens = call.tokens(0, output)
+    assert torch.equal(tokens, torch.cat([output[0], output[1, :5]]))
+    assert call.replay(0).requires_grad and call.family is split.family
+    *_, outside = stream_blocks(split, [batch])
+    with pytest.raises(ValueError, match="cannot be replayed"):
+        outside.replay(0)

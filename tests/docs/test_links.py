@@ -15,6 +15,7 @@ import pytest
 import kdqat
 from kdqat.cli.explain import _GIVEN
 from kdqat.cli.parser import METHODS
+from kdqat.importance import Scoring
 from kdqat.spec import PRESETS, KVCacheScheme, LayerScheme, QuantSpec
 from kdqat.training import KDQATModule
 
@@ -39,7 +40,6 @@ ELSEWHERE = {
     *vars(builtins),
 }  # classes of other libraries that docs/extending may name
 CONSTANTS = {"ARGUMENTS", "VARIANTS", "EXPECTED", "TAKES", "PYTHONPATH"}  # of tests and of the shell
-NOT_YET = {"StudentEdit"}  # docs/extending says of these that they do not exist
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -119,7 +119,7 @@ def known() -> dict[str, object]:
 def test_classes_that_the_extending_pages_name_exist(page, known):
     examples = "\n".join(source for other in EXTENDING for source in EXAMPLE.findall(other.read_text()))
     own = {node.name for node in ast.walk(ast.parse(examples)) if isinstance(node, ast.ClassDef)}
-    others = own | CONSTANTS | ELSEWHERE | NOT_YET | set(PRESETS)
+    others = own | CONSTANTS | ELSEWHERE | set(PRESETS)
     for code in CODE.findall(prose(page)):
         if "/" in code:
             continue
@@ -128,10 +128,6 @@ def test_classes_that_the_extending_pages_name_exist(page, known):
                 continue
             assert name in known, f"{code}: kdqat has no {name}"
             assert not attribute or hasattr(known[name], attribute[1:]), f"{code}: {name} has no {attribute}"
-
-
-def test_what_the_pages_say_does_not_exist_yet_does_not(known):
-    assert not NOT_YET & set(known), "write its page in docs/extending, and take it out of NOT_YET"
 
 
 PARTS = (  # mappings of a recipe that nobody calls by a class's name
@@ -143,6 +139,7 @@ PARTS = (  # mappings of a recipe that nobody calls by a class's name
     KVCacheScheme,
     LayerScheme,
     QuantSpec,
+    Scoring,
 )
 
 
@@ -150,8 +147,14 @@ def recipe_classes() -> list[type]:
     """What a recipe can name: the public, concrete classes of the method packages that take arguments from a recipe."""
     found = {value for package in METHODS for value in vars(package).values() if inspect.isclass(value)}
     bases = {"BitAllocator", "Callback", "DistillLoss", "Evaluator", "Exporter", "FakeQuantizer", "Initializer"}
+    bases |= {"ImportanceScorer"}
     bases |= {"LRScheduler", "Optimizer", "Teacher", "TextData"}
-    concrete = {cls for cls in found if not inspect.isabstract(cls) and bases & {base.__name__ for base in cls.__mro__}}
+    kinds = {"Observer", "Steer"}  # bases without an abstract method
+    concrete = {
+        cls
+        for cls in found
+        if not inspect.isabstract(cls) and cls.__name__ not in kinds and bases & {base.__name__ for base in cls.__mro__}
+    }
     return sorted([*concrete, *PARTS], key=lambda cls: cls.__name__)
 
 

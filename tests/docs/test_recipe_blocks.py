@@ -1,4 +1,4 @@
-"""The YAML blocks of the pages about activations and FP4 are recipes: they parse, and a toy is prepared by each."""
+"""The YAML blocks of the pages on activations, FP4 and PTQ are recipes: they parse, and a toy is prepared by each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cli.recipes import BASE
 from tests.docs.examples import SNIPPET, laid_over
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = ("activations", "fp4")
+PAGES = ("activations", "fp4", "ptq")
 
 
 def blocks(page: str) -> dict[str, dict[str, Any]]:
