@@ -128,6 +128,11 @@ class Freeze(StudentEdit):
                 f"Freeze: layer {name}: its scheme leaves the weight in full precision, so it has no quantized value "
                 "to be frozen at; leave it out"
             )
+        if layer.adapter is not None:
+            raise ValueError(
+                f"Freeze: layer {name}: its adapter would train what is frozen; name roles in LoraAdapters, or here, "
+                "so that each layer has one of the two"
+            )
         if self.scales == "train":
             if not any(parameter.requires_grad for parameter in quantizer.parameters()):
                 raise ValueError(

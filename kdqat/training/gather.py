@@ -8,8 +8,8 @@ import lightning as L
 import torch
 
 from kdqat.models import SplitModel
-from kdqat.quant import apply_plan
 from kdqat.student import Student
+from kdqat.student.prepare import install_plan
 from kdqat.training.checkpoint import Checkpoints
 from kdqat.training.edits import edits_among
 from kdqat.training.module import KDQATModule
@@ -29,7 +29,7 @@ def gather_student(trainer: L.Trainer, module: KDQATModule) -> Student:
         if trainer.is_global_zero:
             split = SplitModel(module.source.load_model())
             split.vocab_size = student.split.vocab_size
-            apply_plan(split.model, student.plan, module.quantizer)
+            install_plan(split.model, student.plan, module.quantizer, module.activation_quantizer)
             student = replace(student, split=split)
             for edit in edits:
                 edit.edit(student)

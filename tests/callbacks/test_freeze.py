@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdqat.allocate import Uniform
-from kdqat.callbacks import Freeze
+from kdqat.callbacks import Freeze, LoraAdapters
 from kdqat.data import PackedText
 from kdqat.initializers import RTN
 from kdqat.models import ModelSource, SharedTeacher
@@ -92,6 +92,28 @@ def test_training_moves_everything_but_what_is_frozen_and_gives_it_no_optimizer_
     assert all(p.requires_grad for p in student.split.parameters())
     assert all(torch.equal(values(student)[name], frozen[name]) for name in frozen)
     assert not any("o_proj.weight_fake_quantizer.scale" in name for name, _ in student.split.named_parameters())
+
+
+def test_a_layer_with_an_adapter_is_not_frozen_and_its_neighbours_are() -> None:
+    student = new_student()
+    LoraAdapters(roles=["q", "o"]).edit(student)
+    before = {name: p.detach().clone() for name, p in student.split.named_parameters()}
+    with pytest.raises(ValueError, match="o_proj: its adapter would train what is frozen"):
+        Freeze(roles=["v", "o"]).edit(student)
+    assert all(torch.equal(p, before[name]) for name, p in student.split.named_parameters())
+    module = make_module(student=student.source)
+    module.adopt(student)
+    adapters, freeze = LoraAdapters(roles=["q", "o"]), Freeze(roles=["v"])
+    trainer = train(module, BATCHES, callbacks=[freeze, adapters])
+    frozen = {name: layer for name, layer in student.layers.items() if name.endswith("v_proj")}
+    held = {name: layer.weight.clone() for name, layer in frozen.items()}
+    student = gather_student(trainer, module)
+    assert not student.adapters and all(torch.equal(layer.weight, held[name]) for name, layer in frozen.items())
+    assert not any(
+        torch.equal(layer.weight, before[f"model.{name}.weight"])
+        for name, layer in student.layers.items()
+        if name.endswith(("q_proj", "o_proj"))
+    )  # merged
 
 
 def test_a_second_fit_freezes_the_same_values_again_and_one_without_it_trains_them() -> None:

@@ -16,7 +16,7 @@ from kdqat.student import Student
 from kdqat.student.prepare import install_plan
 from kdqat.training.edits import StudentEdit
 from kdqat.training.module import KDQATModule
-from kdqat.training.trainable import freeze_all_but_scales
+from kdqat.training.trainable import freeze_all_but_scales, require_weights_at_rest
 from kdqat.types import EMBEDDING
 
 
@@ -54,6 +54,7 @@ def meta_student(module: KDQATModule, edits: Iterable[StudentEdit] = ()) -> Spli
     student = Student(split, None, module.source, plan, measure_coverage(split.model, set(plan.ignored).__contains__))
     for edit in edits:
         copy.copy(edit).edit(student)
+    require_weights_at_rest(module.teacher, split)
     if module.loss is not None and "attentions" in module.loss.wants:
         split.use_eager_attention()
     return split.train()
