@@ -44,6 +44,7 @@ class LoraAdapters(StudentEdit):
     """
 
     phase: ClassVar[Phase] = Phase.ADAPT
+    rests_weights: ClassVar[bool] = True
 
     def __init__(
         self,

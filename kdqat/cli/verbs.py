@@ -32,8 +32,10 @@ from kdqat.cli.signals import signals
 from kdqat.exporters import Exporter
 from kdqat.student import Student, load_student
 from kdqat.training import newest_complete
+from kdqat.training.edits import edits_among
 from kdqat.training.gather import gather_student
 from kdqat.training.planner import describe, print_plan
+from kdqat.training.trainable import require_rest
 
 __all__ = ["cache", "eval", "export", "fit", "generate", "quantize", "score", "signals", "validate"]
 
@@ -59,6 +61,7 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     checkpoint = newest_complete(recipe.run.checkpoints) if options.resume else None
     overwrite = options.overwrite or options.resume  # what the interrupted run wrote after its training
     trainer = api.make_trainer(recipe.trainer, recipe.run.path)
+    require_rest(recipe.model.teacher, recipe.model.trainable, edits_among(trainer.callbacks))  # type: ignore[attr-defined]
     student = recipe.model.build(recipe.run.prepared if recipe.run.prepared.is_dir() else None)
     for exporter in recipe.exporters:  # now, not after hours of training
         api.require_exportable(student, exporter, recipe.run.export / exporter.name, overwrite=overwrite)

@@ -27,9 +27,14 @@ class Phase(IntEnum):
 
 
 class StudentEdit(L.Callback, ABC):
-    """Changes the student once, before training."""
+    """Changes the student once, before training.
+
+    Attributes:
+        rests_weights: it leaves the model's own weights untrained, so that a teacher may compute with them.
+    """
 
     phase: ClassVar[Phase]
+    rests_weights: ClassVar[bool] = False
 
     @abstractmethod
     def edit(self, student: Student) -> None:

@@ -7,6 +7,7 @@ frozen and a code may still move by one where its scale does, as the quantizer's
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from torch import nn
@@ -14,8 +15,11 @@ from torch import nn
 from kdqat.initializers import Initializer
 from kdqat.models import Teacher
 from kdqat.quant import FakeQuantizer, LoraAdapter
+from kdqat.training.edits import StudentEdit
 
 Trainable = Literal["all", "scales"]
+_SHARES = "computes with the student's own weights"
+_REMEDY = "set trainable: scales, train LoraAdapters, or use a FrozenTeacher"
 
 
 def freeze_all_but(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Parameter]:
@@ -54,6 +58,18 @@ def require_source_weights(teacher: Teacher | None, initializer: Initializer) ->
         )
 
 
+def require_rest(teacher: Teacher | None, trainable: Trainable, edits: Iterable[StudentEdit]) -> None:
+    """Asked before anything is computed, by what the run says it will do.
+
+    Raises:
+        ValueError: if the teacher computes with the student's weights and nothing leaves them at rest.
+    """
+    shares = teacher is not None and teacher.shares_weights
+    if shares and trainable != "scales" and not any(edit.rests_weights for edit in edits):
+        name = type(teacher).__name__
+        raise ValueError(f"model.teacher {name} {_SHARES}, and trainable: {trainable} moves them: {_REMEDY}")
+
+
 def require_weights_at_rest(teacher: Teacher | None, model: nn.Module) -> None:
     """Asked when all edits are made: what trains may be scales and adapters, which the teacher switches off.
 
@@ -66,8 +82,8 @@ def require_weights_at_rest(teacher: Teacher | None, model: nn.Module) -> None:
     moving = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in added]
     if moving:
         raise ValueError(
-            f"model.teacher {type(teacher).__name__} computes with the student's own weights, and training would move "
-            f"{len(moving)} of them ({moving[0]}): set trainable: scales, train LoraAdapters, or use a FrozenTeacher"
+            f"model.teacher {type(teacher).__name__} {_SHARES}, and training would move {len(moving)} of them "
+            f"({moving[0]}): {_REMEDY}"
         )
 
 

@@ -98,7 +98,7 @@ RECIPES = [
          setup=lambda folder: (folder / "noise.yaml").write_bytes(bytes(range(128, 256))) and None),
     Case("a folder that is no run", ("empty", "recipe.yaml"), argv=("fit", "empty"), setup=file("empty/a.txt", "")),
     Case("a second recipe that is missing", ("second.yaml",), options=("--config", "second.yaml")),
-    Case("an unknown argument of report", ("'--html'",), argv=("report", "run", "--html")),
+    Case("an unknown argument of report", ("'--pdf'",), argv=("report", "run", "--pdf")),
     Case("a report of what is no run", ("nowhere", "recipe.yaml", "no run directory"), argv=("report", "nowhere")),
     Case("a report on a damaged file", ("run/eval.json", "damaged"), setup=damaged_eval, argv=("report", "run")),
     Case("an unknown argument of generate", ("--temperature",), argv=("generate", "run", "x", "--temperature", "1")),

@@ -138,7 +138,7 @@ def test_bad_input_is_one_line_with_the_remedy(tmp_path: Path) -> None:
         ({"model__teacher": None}, "model.teacher is none"),
         ({"model__teacher": teacher(), "data": DROP}, "cache needs a data section"),
         ({"model__teacher": teacher(kind="logits")}, "kind"),
-        ({"model__teacher": named("SharedTeacher")}, "model.teacher SharedTeacher computes with the student's own"),
+        ({"model__teacher": named("SharedTeacher")}, "model.teacher is a SharedTeacher, which caches nothing"),
     ):
         write(tmp_path, **changes)
         done = server().run(tmp_path, "cache", "recipe.yaml")

@@ -28,8 +28,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "Divergence": {"action": "reduce_lr", "band": 1.0001, "window": 2, "patience": 1, "every_n_steps": 4},
     "Freeze": {"roles": ["o", "v"]},
     "FreezeWindow": {"roles": ["o", "v"], "start": 1, "stop": 4},
+    "GradientLog": {"every_n_steps": 2, "probe_every_n_steps": 2, "num_tokens": 8},
+    "LoraAdapters": {"roles": ["q", "down"], "rank": 2},
     "NothingMoved": {"every_n_steps": 2},
+    "OscillationLog": {"every_n_steps": 2},
     "ScalesFirst": {"steps": 4},
+    "SignalLog": {"every_n_steps": 2, "num_tokens": 8},
     "ZeroGradients": {"every_n_steps": 2},
 }
 STEPS, MIDDLE = 6, 3
@@ -72,7 +76,7 @@ def curve(run: Path) -> list[str]:
 
 def test_classes_of_every_kind_are_found() -> None:
     names = [{cls.__name__ for cls in found(kind)} for kind in (Observer, Steer, StudentEdit)]
-    expected = [{"NothingMoved", "ZeroGradients"}, {"Divergence", "FreezeWindow"}, {"Freeze"}]
+    expected = [{"NothingMoved", "SignalLog"}, {"Divergence", "FreezeWindow"}, {"Freeze", "LoraAdapters"}]
     assert all(some <= there for some, there in zip(expected, names, strict=True))
     assert set(ARGUMENTS) >= set().union(*names), f"{set().union(*names) - set(ARGUMENTS)} are missing in ARGUMENTS"
 
