@@ -23,8 +23,8 @@ def bits_at(steps: Steps, step: int, plan: int) -> int:
 def spread(count: int, start: int, stop: int, shape: Shape) -> list[int]:
     """`count` steps from `start` to `stop`, both among them (a single one is `stop`).
 
-    "linear": evenly. "cosine": at time t, from 0 to 1, a share (1 - cos(pi t)) / 2 of them has been: seldom at both ends,
-    often in the middle, as under a cosine from the first to the last.
+    "linear": evenly. "cosine": at time t, from 0 to 1, a share (1 - cos(pi t)) / 2 of them has been: seldom at both
+    ends, often in the middle.
     """
     shares = [k / (count - 1) for k in range(count)] if count > 1 else [1.0]
     if shape == "cosine":
