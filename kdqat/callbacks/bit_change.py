@@ -2,8 +2,8 @@
 
 Buffers are filled and parameters written where they lie, so that nothing is compiled anew and the optimizer keeps its
 parameters. The scale is searched again on the live latent weights (the range with the least squared error, as `MSEGrid`
-does): the range that was right for many bits is too wide for few, and so is the full one. docs/layerwise.md has numbers,
-those that disagree too. The moments of a scale are of another scale, so they begin anew.
+does): the range that was right for many bits is too wide for few, and so is the full one. docs/layerwise.md has
+numbers, those that disagree too. The moments of a scale are of another scale, so they begin anew.
 """
 
 from __future__ import annotations
