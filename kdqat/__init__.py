@@ -14,6 +14,7 @@ _PUBLIC = {
     "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize", "signals"),
     "kdqat.allocate": ("BitAllocator", "ByImportance", "FromFile", "Knapsack", "Uniform"),
     "kdqat.callbacks": (
+        "BitSchedule",
         "BlockProgressive",
         "Divergence",
         "Freeze",

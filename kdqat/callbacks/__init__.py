@@ -1,5 +1,6 @@
 """What happens around training steps."""
 
+from kdqat.callbacks.bit_schedule import BitSchedule
 from kdqat.callbacks.divergence import Divergence, DivergenceError
 from kdqat.callbacks.freeze import Freeze
 from kdqat.callbacks.freeze_window import BlockProgressive, FreezeWindow, ScalesFirst
@@ -14,6 +15,7 @@ from kdqat.callbacks.stop import StopOnSignal
 from kdqat.callbacks.zero_gradients import ZeroGradients
 
 __all__ = [
+    "BitSchedule",
     "BlockProgressive",
     "Divergence",
     "DivergenceError",

@@ -16,7 +16,7 @@ from kdqat.files import write_text
 from kdqat.report.page_chart import Bounds, chart, scale_of
 from kdqat.report.page_data import Curve, PageRun, in_order, read_run
 from kdqat.report.page_heatmap import MAIN, VIRIDIS, heatmaps
-from kdqat.report.page_tables import before_and_after, environments, events, plans, settings
+from kdqat.report.page_tables import allocations, before_and_after, environments, events, plans, settings
 
 CURVES = ("train/loss", "train/kl", "val/kl", "val/perplexity")
 ROLE_CURVES = (*MAIN, "signal/cosine", "oscillation/oscillating")
@@ -38,12 +38,12 @@ def write_page(runs: Sequence[Path], file: Path | None) -> Path:
     file = file or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if file.is_dir():
         raise ValueError(f"--html {file} is a directory: name a file, or put --html behind the runs")
-    write_text(file, page([read_run(run) for run in runs]))
+    write_text(file, page([read_run(run) for run in runs], file.parent))
     return file
 
 
-def page(runs: Sequence[PageRun]) -> str:
-    """The page as text."""
+def page(runs: Sequence[PageRun], folder: Path) -> str:
+    """The page as text; `folder` is where it will lie."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     sections = {
         "Before and after": before_and_after(runs) or "<p>Nothing was evaluated.</p>",
@@ -52,6 +52,7 @@ def page(runs: Sequence[PageRun]) -> str:
         "Roles over steps": _role_curves(runs),
         "Said of the whole model": events(runs),
         "Plan": plans(runs),
+        "Why layers got their bits": allocations(runs, folder),
         "Settings": settings(runs),
         "Environment": environments(runs),
     }

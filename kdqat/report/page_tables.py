@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from kdqat.report.page_data import PageRun
+from kdqat.report.report import CHOICE_COLUMNS, choice_cells
 from kdqat.report.table import tables
 
 MAX_EVENTS = 60
+MAX_CHOICES = 40  # shown; a longer table is folded away
 
 
 def before_and_after(runs: Sequence[PageRun]) -> str:
@@ -48,6 +53,29 @@ def plans(runs: Sequence[PageRun]) -> str:
         ])  # fmt: skip
     head = ["run", "scheme", "layers", "bits counted (nominal)", "left in full precision", "MB"]
     return table(head, lines, words=len(head))
+
+
+def allocations(runs: Sequence[PageRun], folder: Path) -> str:
+    """Why layers got their bits, and a link to the picture of their scores; nothing where no plan was weighed up.
+
+    Args:
+        folder: of the page, which links start from.
+    """
+    parts = []
+    for run in runs:
+        allocation, plot, said = run.facts["allocation"], run.facts["scores_plot"], []
+        if allocation:
+            rows = [choice_cells(row) for row in allocation["choices"]]
+            shown = table(CHOICE_COLUMNS, rows, words=len(CHOICE_COLUMNS))
+            if len(rows) > MAX_CHOICES:
+                shown = f"<details><summary>{len(rows)} choices</summary>{shown}</details>"
+            said += [f"<p>{escape(allocation['budget'])}</p>", shown]
+        if plot:
+            link = quote(os.path.relpath(Path(run.name) / plot, folder))
+            said.append(f'<p><a href="{link}">{escape(plot)}</a>: the scores, drawn by <code>kdqat score</code></p>')
+        if said:
+            parts.append((f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "") + "".join(said))
+    return "".join(parts)
 
 
 def settings(runs: Sequence[PageRun]) -> str:

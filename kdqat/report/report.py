@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kdqat.report.run_dir import RunDir
 from kdqat.report.table import markdown
-from kdqat.spec import PLAN_FILE, QuantPlan
+from kdqat.spec import ALLOCATION_FILE, PLAN_FILE, QuantPlan, describe_budget, explain_allocation
+
+SCORES_PLOT = "scores.png"
+MAX_CHOICES = 40  # rows of why layers got their bits, in the text
+CHOICE_COLUMNS = ("unit", "layers", "rank", "importance", "scheme", "bits", "cost", "why")
 
 
 def describe(run: Path) -> dict[str, Any]:
@@ -30,6 +35,8 @@ def describe(run: Path) -> dict[str, Any]:
             break
     for name in ("baseline.json", "eval.json", "validation.json", "adapters.json"):
         facts[name.removesuffix(".json")] = directory.read_json(name)
+    facts["allocation"] = _allocation(directory)
+    facts["scores_plot"] = SCORES_PLOT if (run / SCORES_PLOT).is_file() else None
     facts["last_metrics"] = _last_metrics(run / "metrics.csv")
     facts["exports"] = sorted(p.name for p in directory.export.glob("*")) if directory.export.is_dir() else []
     return facts
@@ -49,6 +56,10 @@ def as_markdown(facts: dict[str, Any]) -> str:
             f"({', '.join(about['ignored']) or 'none'}).",
             "",
         ]
+    if facts["allocation"]:
+        lines += [*_allocation_lines(facts["allocation"]), ""]
+    if facts["scores_plot"]:
+        lines += [f"Scores: [{facts['scores_plot']}]({facts['run']}/{facts['scores_plot']})", ""]
     if facts["eval"]:
         lines += [markdown(facts["eval"]), ""]
     if facts["validation"]:
@@ -61,6 +72,38 @@ def as_markdown(facts: dict[str, Any]) -> str:
     if facts["exports"]:
         lines += [f"Exports: {', '.join(facts['exports'])}", ""]
     return "\n".join(lines)
+
+
+def choice_cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of `explain_allocation` as text, by CHOICE_COLUMNS; what there is none of is empty."""
+    formats = {"importance": ".4g", "bits": ".3f", "cost": ".4g"}
+    return ["" if row[name] is None else format(row[name], formats.get(name, "")) for name in CHOICE_COLUMNS]
+
+
+def _allocation(directory: RunDir) -> dict[str, Any] | None:
+    """What the budget was and a row for each choice; None where the plan was not weighed up.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    content = directory.read_json(ALLOCATION_FILE)
+    if content is None:
+        return None
+    try:
+        return {"budget": describe_budget(content), "choices": explain_allocation(content)}
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        path = directory.path / ALLOCATION_FILE
+        raise ValueError(f"{path} is damaged ({error!r}); delete it and run `kdqat quantize --overwrite`") from error
+
+
+def _allocation_lines(allocation: Mapping[str, Any]) -> list[str]:
+    choices = allocation["choices"]
+    lines = [f"Why layers got their bits: {allocation['budget']}.", "", "| " + " | ".join(CHOICE_COLUMNS) + " |"]
+    lines.append("| --- | ---: | ---: | ---: | --- | ---: | ---: | --- |")
+    lines += ["| " + " | ".join(choice_cells(row)) + " |" for row in choices[:MAX_CHOICES]]
+    if len(choices) > MAX_CHOICES:
+        lines += ["", f"{len(choices) - MAX_CHOICES} more follow; --json and --html have them all."]
+    return lines
 
 
 def _adapter_lines(adapters: dict[str, Any]) -> list[str]:

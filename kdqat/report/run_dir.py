@@ -1,7 +1,9 @@
 """The run directory: one recipe, whole life. Every verb reads what is there and adds its own file.
 
     runs/NAME/  recipe.yaml  environment.json  every verb
+                scores.json scores.png         score
                 prepared/                      quantize
+                allocation.json                quantize, or fit without it: why each layer got its bits
                 checkpoints/ metrics.csv       fit (resume here), with tensorboard/, signals.parquet
                 student/ baseline.json         fit
                 adapters.json adapter/         fit, with LoraAdapters

@@ -24,6 +24,7 @@ from tests.callbacks.runs import fit, resumed_ends_the_same, same, state
 
 # What a class is made with, by its name: so that it does something within six steps of toy:llama.
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "BitSchedule": {"milestones": {0: 8, 2: 6, 3: 5, 4: None}},
     "BlockProgressive": {"steps_per_block": 2, "keep_trained": False},
     "Divergence": {"action": "reduce_lr", "band": 1.0001, "window": 2, "patience": 1, "every_n_steps": 4},
     "Freeze": {"roles": ["o", "v"]},

@@ -16,7 +16,7 @@ from kdqat.types import LayerRef
 from tests.cli.fork_server import ROOT, run
 
 FOLDER = ROOT / "recipes" / "layerwise"
-FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml") if "schedule" not in path.name)  # its plan has no scores
 
 
 @pytest.mark.parametrize("name", FILES)
