@@ -130,6 +130,12 @@ def summarize(
     content["commits"] = sorted({str(result["commit"]) for result in every})
     content["hardware"] = sorted({str(result["hardware"]) for result in every})
     page += [f"- {result['name']} failed: {result['why']}" for result in failures] + ([""] if failures else [])
+    names = {name for result in every for name in result["metrics"]}
+    missing = [name for name in study.metrics or () if name not in names] if every else []
+    if missing:
+        note = f"metrics: nobody measured {', '.join(missing)}; there is {', '.join(sorted(names))}"
+        console.print(note)
+        page += [f"{note}.", ""]
     if every:
         minutes = sum(result["seconds"] for result in every) / 60
         page += [f"{len(every)} runs, {minutes:.1f} minutes of their own, on {', '.join(content['hardware'])}; "

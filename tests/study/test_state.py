@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kdqat.cli.main import main
 from kdqat.study import Study
 from kdqat.study.launch import claim, devices, slots, visible_gpus
 from tests.study.cases import METRIC, Logs, Pretends, lr_of, said, study_of
@@ -115,6 +116,24 @@ def test_a_run_that_did_not_measure_the_metric_has_failed_and_the_others_go_on(t
     again = Logs(by_lr)
     code, text = said(study(tmp_path, metric="val/kl"), again)  # nothing is lost, nothing is hidden
     assert code == 1 and not again.calls
+
+
+def test_metrics_that_nobody_measured_are_named(tmp_path: Path) -> None:
+    _, text = said(study(tmp_path, metrics=[METRIC, "val/perplx"]), Pretends(by_lr))
+    note = f"metrics: nobody measured val/perplx; there is {METRIC}"
+    assert note in text and note in (tmp_path / "out" / "study.md").read_text()
+
+
+@pytest.mark.parametrize("option", ["--workers", "--workers_per_gpu"])
+@pytest.mark.parametrize("number", ["-1", "0"])
+def test_a_number_of_workers_below_1_is_an_error_and_does_not_hang(
+    option: str, number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdqat.cli.study.run_study", lambda *_, **__: 0)  # it would wait for ever
+    study(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["study", str(tmp_path / "study.yaml"), option, number])
+    assert stop.value.code == 2 and f"{option} must be at least 1, not {number}" in capsys.readouterr().err
 
 
 def test_a_metric_that_no_finished_run_has_is_an_error(tmp_path: Path) -> None:
