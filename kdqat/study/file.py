@@ -139,7 +139,7 @@ def require_items(items: Any, kind: type, where: str) -> None:
     """
     for item in items:
         if not isinstance(item, kind):
-            what = {str: "words", dict: "mappings of keys"}[kind]
+            what = "words" if kind is str else "mappings of keys"
             kinds = "keys are" if isinstance(items, dict) else "items are"
             raise ValueError(f"{where}: its {kinds} {what}, this is {item!r:.60}")
 
