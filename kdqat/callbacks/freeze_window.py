@@ -64,6 +64,9 @@ class FreezeWindow(Schedule):
         what = f"FreezeWindow: part {self.part} of roles {self.roles}, blocks {self.blocks}, layers {self.layers}"
         return [Window(self.start, self.stop, trained(parameters, what))]
 
+    def require_matches(self, student: Student) -> None:
+        self.windows(student)
+
 
 class BlockProgressive(Schedule):
     """Trains one block after another, and at last everything.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kdqat.callbacks.observed import check_numbers, chosen_layers, grid_of_step, offer_batch, pass_of
+from kdqat.student import Student
 from kdqat.training.edits import Observer
 from kdqat.training.energies import loss_scale, signal_to_noise, weight_energies
 from kdqat.training.grid import GridRows
@@ -97,6 +98,9 @@ class GradientLog(Observer):
             probe.cross_entropy |= self.full_precision_ratio
         if trainer.accumulate_grad_batches == 1:
             log.info("GradientLog: snr needs two batch sizes; set accumulate_grad_batches to 2 or more to have it")
+
+    def require_matches(self, student: Student) -> None:
+        chosen_layers(student, "GradientLog", **self.select)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if self.probe_every_n_steps is not None:

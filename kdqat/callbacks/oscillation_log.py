@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kdqat.callbacks.observed import check_numbers, chosen_layers, grid_of_step
+from kdqat.student import Student
 from kdqat.training.edits import Observer
 from kdqat.training.grid import GridRows
 from kdqat.training.signals import recorder_of
@@ -65,6 +66,9 @@ class OscillationLog(Observer):
         self._recorder = recorder_of(trainer, "OscillationLog")
         refs, layers = chosen_layers(module.student, "OscillationLog", **self.select), module.student.layers
         self._refs = [ref for ref in refs if layers[ref.name].weight_fake_quantizer is not None]
+
+    def require_matches(self, student: Student) -> None:
+        chosen_layers(student, "OscillationLog", **self.select)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Optimizer) -> None:

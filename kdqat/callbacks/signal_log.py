@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from kdqat.callbacks.observed import check_numbers, chosen_layers, offer_batch, pass_of
+from kdqat.student import Student
 from kdqat.training.edits import Observer
 from kdqat.training.probe import Probe, require_live
 from kdqat.training.signals import recorder_of
@@ -65,6 +66,9 @@ class SignalLog(Observer):
         everything = not any(self.select.values())
         self._places = places_of(module.student.model, refs) if everything else {ref.name: ref for ref in refs}
         self._probe().attention |= self.attention
+
+    def require_matches(self, student: Student) -> None:
+        chosen_layers(student, "SignalLog", **self.select)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         offer_batch(self._probe(), self._probe_batch, trainer, batch)

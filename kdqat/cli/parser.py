@@ -36,12 +36,12 @@ from kdqat.exporters import Exporter
 from kdqat.importance import Scoring
 from kdqat.models import Teacher
 from kdqat.report import RunDir, read_yaml
+from kdqat.study.settings import SECTIONS
 from kdqat.training import KDQATModule
 
 METHODS = (
     allocate, callbacks, data, evaluators, exporters, importance, initializers, losses, models, quant, training
 )  # fmt: skip
-SECTIONS = ("seed_everything", "model", "data", "trainer", "score", "evaluate", "export")
 
 
 @dataclass

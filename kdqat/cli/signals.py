@@ -15,6 +15,8 @@ from kdqat.student import load_student
 
 def signals(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Measure student/ (or prepared/, or what the recipe prepares) against the teacher, into signals.json."""
+    if options.num_tokens < 2:
+        raise ValueError(f"--num_tokens must be at least 2, not {options.num_tokens}: the gradients need a next token")
     recipe = begin("signals", options, overrides)
     folder = next((folder for folder in (recipe.run.student, recipe.run.prepared) if folder.is_dir()), None)
     student = recipe.model.prepare() if folder is None else load_student(folder)
@@ -30,8 +32,9 @@ def signals(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     }
     console.print(f"student: {content['student']}; medians over layers, the lowest SQNR first")
     print(role_table(rows))
+    recipe.run.write_json("signals.json", content)  # what was measured is kept, whatever can be said of it
     if any(row["metric"] == RATIO for row in rows):
         answer = recommend(rows)
         content["recommendation"] = {"ratios": answer.ratios, "freeze": list(answer.freeze)}
+        recipe.run.write_json("signals.json", content)
         print(answer.sentence())
-    recipe.run.write_json("signals.json", content)

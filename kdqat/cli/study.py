@@ -25,6 +25,9 @@ def study(options: argparse.Namespace, rest: Sequence[str], main: Callable[[list
         raise ValueError(f"unknown argument {rest[0]!r}; a study is changed in its file")
     asked = read_study(options.study)
     given = {"workers": options.workers, "workers_per_gpu": options.workers_per_gpu}
+    for key, value in given.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{key} must be at least 1, not {value}")
     asked = replace(asked, **{key: value for key, value in given.items() if value is not None})
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if options.dry_run:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import lightning as L
 from rich.console import Console
 
 from kdqat import api
@@ -35,6 +36,7 @@ from kdqat.training import newest_complete
 from kdqat.training.edits import edits_among
 from kdqat.training.gather import gather_student
 from kdqat.training.planner import describe, print_plan
+from kdqat.training.planner.student import meta_student
 from kdqat.training.trainable import require_rest
 
 __all__ = ["cache", "eval", "export", "fit", "generate", "quantize", "score", "signals", "validate"]
@@ -62,7 +64,12 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     overwrite = options.overwrite or options.resume  # what the interrupted run wrote after its training
     trainer = api.make_trainer(recipe.trainer, recipe.run.path)
     require_rest(recipe.model.teacher, recipe.model.trainable, edits_among(trainer.callbacks))  # type: ignore[attr-defined]
-    student = recipe.model.build(recipe.run.prepared if recipe.run.prepared.is_dir() else None)
+    prepared = recipe.run.prepared if recipe.run.prepared.is_dir() else None
+    if prepared is None:  # now, not after a method that takes hours
+        _require_matches(recipe, trainer.callbacks)  # type: ignore[attr-defined]
+    student = recipe.model.build(prepared)
+    if prepared is not None:  # the plan is the one that lies there
+        _require_matches(recipe, trainer.callbacks)  # type: ignore[attr-defined]
     for exporter in recipe.exporters:  # now, not after hours of training
         api.require_exportable(student, exporter, recipe.run.export / exporter.name, overwrite=overwrite)
     api.bind_data(recipe.data, student)
@@ -179,6 +186,20 @@ def generate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if options.chat:
         tokens = tokens[inputs["input_ids"].shape[1] :]
     print(student.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _require_matches(recipe: Recipe, callbacks: Sequence[L.Callback]) -> None:
+    """Let callbacks find the layers that they choose, in the student's shapes.
+
+    Raises:
+        ValueError: for a selection that matches nothing, and whatever preparing the student would refuse.
+    """
+    try:
+        meta_student(recipe.model, callbacks)
+    except ValueError:
+        raise
+    except Exception as error:  # a model without shapes on the meta device: training finds what is wrong
+        console.print(f"which layers callbacks choose is found at the start of training ({error})")
 
 
 def _announce(recipe: Recipe) -> None:

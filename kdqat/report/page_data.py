@@ -13,6 +13,9 @@ from typing import Any
 from kdqat.report.report import describe
 from kdqat.report.run_dir import read_yaml
 
+COLUMNS = {
+    "step": "int64", "source": "string", "metric": "string", "block": "int64", "role": "string", "value": "double",
+}  # fmt: skip
 MAX_STEPS = 40  # of a heatmap's slider
 MAX_POINTS = 400  # of a curve
 ROLES = (
@@ -117,13 +120,20 @@ def read_signals(path: Path) -> tuple[dict[str, Signals], list[tuple[int, str, s
     """Signals of layers, and what was said of the whole model.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: if the file is damaged, or a column holds something else.
         KeyError: if a column is missing.
     """
     import pyarrow.compute
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(path)
+    table = pyarrow.parquet.read_table(path).select(list(COLUMNS))
+    try:
+        table = table.cast(pyarrow.schema(list(COLUMNS.items())))
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: a column is not of its type: {error}") from error
+    empty = [name for name in COLUMNS if name != "value" and table[name].null_count]
+    if empty:
+        raise ValueError(f"{path}: {empty[0]} is missing in some rows")
     steps = pyarrow.array(evenly(sorted(set(table["step"].to_pylist())), MAX_STEPS), pyarrow.int64())
     whole = table.filter(pyarrow.compute.equal(table["role"], ""))
     events = list(zip(*(whole[name].to_pylist() for name in ("step", "source", "metric", "value")), strict=True))

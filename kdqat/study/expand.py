@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdqat.files import sha256_of
-from kdqat.study.file import Study
+from kdqat.study.file import Study, require_items
 from kdqat.study.settings import SECTIONS, changed, read_mapping
 
 Label = str | int | float | bool
@@ -64,12 +64,19 @@ def variations(study: Study) -> list[Variation]:
         unknown = {*entry} - {"name", "set", "vary"}
         if unknown or (study.variations and not isinstance(entry.get("name"), str)):
             raise ValueError(f"variations: {entry!r:.80}: an entry has name, and may have set and vary")
+        for part in ("set", "vary"):
+            if not isinstance(entry.get(part), dict | None):
+                raise ValueError(
+                    f"variations: {entry['name']}: {part}: expected a mapping, this is {entry[part]!r:.60}"
+                )
+            require_items(entry.get(part) or {}, str, f"variations: {entry.get('name')}: {part}")
         axes = {**study.vary, **(entry.get("vary") or {})}
         fixed: list[Point] = [(entry["name"], entry.get("set") or {})] if study.variations else []
         names = [VARIATION] * len(fixed) + _labels(list(axes))
         points = [fixed] * len(fixed) + [_points(key, values) for key, values in axes.items()]
         for combination in itertools.product(*points):
             labels = dict(zip(names, (label for label, _ in combination), strict=True))
+            _require_apart([part for _, part in combination], ", ".join(f"{k} {v}" for k, v in labels.items()))
             settings = {key: value for _, part in combination for key, value in part.items() if not key.endswith("+")}
             appended = _appended(part for _, part in combination)
             found.append(Variation(_name(labels), labels, {**settings, **appended}))
@@ -132,7 +139,27 @@ def _points(key: str, values: Any) -> list[Point]:
     for name, part in values.items():
         if not isinstance(part, dict | None):
             raise ValueError(f"vary: {key}: {name}: expected a mapping of dotted keys, this is {part!r}")
+        require_items(part or {}, str, f"vary: {key}: {name}")
     return [(str(name), part or {}) for name, part in values.items()]
+
+
+def _require_apart(parts: Sequence[Mapping[str, Any]], where: str) -> None:
+    """
+    Raises:
+        ValueError: if a later setting replaces an earlier one, or all around it: the earlier would do nothing.
+    """
+    before: dict[str, str] = {}
+    for key in (key for part in parts for key in part if not key.endswith("+")):
+        plain = _plain(key)
+        lost = next((old for path, old in before.items() if f"{path}.".startswith(f"{plain}.")), None)
+        if lost is not None:
+            raise ValueError(f"{where}: {key} undoes {lost}, which is set there too; leave one of the two out")
+        before[plain] = key
+
+
+def _plain(key: str) -> str:
+    """A dotted key without what may be left out of it."""
+    return ".".join(part for part in key.split(".") if part != "init_args")
 
 
 def _appended(parts: Any) -> dict[str, Any]:
@@ -150,11 +177,14 @@ def _label(value: Any) -> Label:
         return value
     if value is None:
         return "null"
+    if not isinstance(value, list | dict):
+        return str(value)
     if isinstance(value, list):
         return "+".join(str(_label(item)) for item in value) or "none"
     if "class_path" not in value:
         return "+".join(f"{key}-{_label(item)}" for key, item in value.items())
-    arguments = "".join(f"-{_label(item)}" for item in (value.get("init_args") or {}).values())
+    given = value.get("init_args")  # whatever it is: the recipe's parser says what is wrong with it
+    arguments = "".join(f"-{_label(item)}" for item in (given.values() if isinstance(given, dict) else ()))
     return str(value["class_path"]).rpartition(".")[2] + arguments
 
 

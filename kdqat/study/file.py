@@ -80,6 +80,10 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
+_ITEMS: dict[str, type] = {"metrics": str, "seed_keys": str, "per": str, "keep": str, "variations": dict}
+_KEYED = ("set", "vary")  # mappings whose keys are settings or labels
+
+
 def read_study(path: Path) -> Study:
     """Read and check a study file. Its paths, as those of a recipe, start where the command is run.
 
@@ -117,11 +121,27 @@ def _check(content: Any, kind: type, where: str, kinds: Mapping[str, tuple[type,
             not isinstance(value, expected[key]) or (type(value) is bool) != (bool in expected[key])
         ):
             raise ValueError(f"{where}{key}: expected {expected[key][0].__name__}, this is {value!r}")
+        if isinstance(value, list):
+            require_items(value, _ITEMS.get(key, object), f"{where}{key}")
+        if key in _KEYED and isinstance(value, dict):
+            require_items(value, str, f"{where}{key}")
         if isinstance(value, int) and expected[key] == (int,) and value < 1:
             raise ValueError(f"{where}{key} must be at least 1, not {value}")
     for name, f in known.items():
         if f.default is MISSING and f.default_factory is MISSING and content.get(name) is None:
             raise ValueError(f"{where}{name}: missing (docs/study.md)")
+
+
+def require_items(items: Any, kind: type, where: str) -> None:
+    """
+    Raises:
+        ValueError: for an item of a list, or a key of a mapping, that is of another type.
+    """
+    for item in items:
+        if not isinstance(item, kind):
+            what = "words" if kind is str else "mappings of keys"
+            kinds = "keys are" if isinstance(items, dict) else "items are"
+            raise ValueError(f"{where}: its {kinds} {what}, this is {item!r:.60}")
 
 
 def _nearest(word: str, words: Collection[str]) -> str:

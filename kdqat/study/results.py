@@ -9,7 +9,6 @@ OUT/logs/NAME.log       what the run printed
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -135,15 +134,20 @@ class Results:
 
 
 def measured(result: Mapping[str, Any], metric: str) -> float:
-    """The number that is compared.
+    """The number that is compared; NaN of a run that diverged.
 
     Raises:
         ValueError: if the run did not measure it; names what it did.
     """
     if metric not in result["metrics"]:
-        there = ", ".join(result["metrics"]) or "nothing"
-        raise ValueError(f"metric {metric!r} was not measured in {result['name']}; there is {there}")
+        raise ValueError(unmeasured(result, metric))
     return result["metrics"][metric]
+
+
+def unmeasured(result: Mapping[str, Any], metric: str) -> str:
+    """That there is no such number, and which there are."""
+    there = ", ".join(result["metrics"]) or "nothing"
+    return f"metric {metric!r} was not measured in {result['name']}; there is {there}"
 
 
 def _changed(name: str, before: Any, now: Any, what: str) -> str:
@@ -157,6 +161,7 @@ def _flat(models: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _is_number(text: Any) -> bool:
     try:
-        return not math.isnan(float(text))
+        float(text)
     except ValueError:
         return False
+    return True

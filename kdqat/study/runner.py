@@ -16,7 +16,7 @@ from rich.console import Console
 from kdqat.study.expand import Trial
 from kdqat.study.file import Study
 from kdqat.study.launch import Child, Launcher
-from kdqat.study.results import Results, measured
+from kdqat.study.results import Results, measured, unmeasured
 
 POLL_SECONDS = 0.1
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # a run that was told to stop, not one that failed
@@ -64,18 +64,25 @@ def run_all(
 
     Args:
         places: the environment of every run that goes on at once.
-        metric: shown for every run that ends.
+        metric: shown for every run that ends; a run that has none has failed, and keeps its result.
 
     Returns:
         The results of runs that failed, and of those that somebody else stopped; the latter are not recorded.
+
+    Raises:
+        ValueError: if the first runs to end, or all there are, did not measure `metric`: it is a typo.
     """
     done = [trial for trial in trials if results.done(trial)]
     for trial in done:
         results.drop_weights(trial, study.keep)
     waiting = deque(trial for trial in trials if trial not in done)
+    before = [result for trial in done if (result := results.done(trial))]
+    known = any(metric in result["metrics"] for result in before)
+    if before and not known and not waiting:
+        measured(before[0], metric)
     running: list[Running] = []
     free = list(range(len(places)))[::-1]
-    failures: list[dict[str, Any]] = []
+    failures = [_unmeasured(result, metric) for result in before if metric not in result["metrics"]]
     times: list[float] = []
     signalled = 0
     console.print(f"{len(trials)} runs, {len(done)} of them done, {min(len(places), max(len(waiting), 1))} at once")
@@ -102,7 +109,10 @@ def run_all(
                         failures.append({"name": run.trial.name, "why": "it was told to stop", "log": []})
                     continue
                 times.append(seconds)
+                if result["status"] == "done" and metric not in result["metrics"] and known:
+                    result = _unmeasured(result, metric)
                 failures += [result] if result["status"] == "failed" else []
+                known |= result["status"] == "done"  # or the next line raises
                 left = len(waiting) + len(running)
                 minutes = sum(times) / len(times) * left / len(places) / 60
                 text = (
@@ -128,6 +138,11 @@ def _tell(running: Sequence[Running]) -> None:
     for run in running:
         if run.child.poll() is None and run.child.pid is not None:
             os.kill(run.child.pid, signal.SIGTERM)
+
+
+def _unmeasured(result: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """A finished run without the number that is compared, as a failure: the others are compared without it."""
+    return {**result, "status": "failed", "why": unmeasured(result, metric), "log": []}
 
 
 def _ended(run: Running, seconds: float, results: Results, keep: list[str]) -> dict[str, Any] | None:

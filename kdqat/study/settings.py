@@ -10,14 +10,26 @@ from typing import Any
 
 import yaml
 
-SECTIONS = ("seed_everything", "model", "data", "trainer", "evaluate", "export")
+SECTIONS = (
+    "seed_everything",
+    "model",
+    "data",
+    "trainer",
+    "score",
+    "evaluate",
+    "export",
+)  # of a recipe, for its parser too
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, as it is for the recipe's parser; YAML 1.1 wants 1.0e-5."""
+    """YAML in which 1e-5 is a number and 2024-05-01 a string, as for the recipe's parser; YAML 1.1 reads 1.0e-5 only,
+    and a date, which no result could hold."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in value if tag != "tag:yaml.org,2002:timestamp"]
+    for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )

@@ -64,7 +64,7 @@ def run_study(study: Study, console: Console, launch: Launch = Fresh, *, screen_
                 console.print(f"short runs of {study.screen.max_steps} steps")
                 metric = metric_of(study, study.screen)
                 failures += run_all(study, short, results, launcher, places, stop, console, metric)
-                going = survivors(study, study.screen, which, finished(results, short))
+                going = survivors(study, study.screen, which, finished(results, short, metric))
                 if not stop.received:
                     console.print(f"{len(going)} of {len(which)} variations go on; they start anew")
             if not stop.received and not screen_only:
@@ -86,12 +86,12 @@ def planned(study: Study, which: Sequence[Variation]) -> list[Trial]:
     return [*(trials(study, which, "screen") if study.screen else []), *trials(study, which, "full")]
 
 
-def finished(results: Results, runs: Sequence[Trial]) -> ByVariation:
-    """Results of those runs that are done, by variation."""
+def finished(results: Results, runs: Sequence[Trial], metric: str) -> ByVariation:
+    """Results of those runs that are done and have `metric`, by variation."""
     found: ByVariation = {}
     for trial in runs:
         result = results.done(trial)
-        if result:
+        if result and metric in result["metrics"]:
             found.setdefault(trial.variation.name, []).append(result)
     return found
 
@@ -107,14 +107,14 @@ def summarize(
     for stage in ("screen", "full"):
         if stage == "screen" and not study.screen:
             continue
-        found = finished(results, trials(study, which, stage))
+        metric = metric_of(study, study.screen) if stage == "screen" and study.screen else study.metric
+        found = finished(results, trials(study, which, stage), metric)
         if not found:
             continue
         for name, runs in found.items():
             everything.setdefault(name, []).extend(runs)
-        metric, title, chosen = study.metric, "Full runs: mean ± standard deviation over n seeds", None
+        title, chosen = "Full runs: mean ± standard deviation over n seeds", None
         if stage == "screen" and study.screen:
-            metric = metric_of(study, study.screen)
             chosen = [v.name for v in survivors(study, study.screen, which, found)]
             title = f"Short runs of {study.screen.max_steps} steps"
             content["survivors"] = chosen
@@ -130,6 +130,12 @@ def summarize(
     content["commits"] = sorted({str(result["commit"]) for result in every})
     content["hardware"] = sorted({str(result["hardware"]) for result in every})
     page += [f"- {result['name']} failed: {result['why']}" for result in failures] + ([""] if failures else [])
+    names = {name for result in every for name in result["metrics"]}
+    missing = [name for name in study.metrics or () if name not in names] if every else []
+    if missing:
+        note = f"metrics: nobody measured {', '.join(missing)}; there is {', '.join(sorted(names))}"
+        console.print(note)
+        page += [f"{note}.", ""]
     if every:
         minutes = sum(result["seconds"] for result in every) / 60
         page += [f"{len(every)} runs, {minutes:.1f} minutes of their own, on {', '.join(content['hardware'])}; "

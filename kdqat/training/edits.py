@@ -51,9 +51,23 @@ class StudentEdit(L.Callback, ABC):
 class Observer(L.Callback):
     """Reads and logs, and changes nothing."""
 
+    def require_matches(self, student: Student) -> None:
+        """Refuse, before anything is computed, layers that do not exist; `student` may lie on the meta device.
+
+        Raises:
+            ValueError: for a selection that matches nothing.
+        """
+
 
 class Steer(L.Callback):
     """Changes values during training, as a function of the step or with a state that is resumed."""
+
+    def require_matches(self, student: Student) -> None:
+        """Refuse, before anything is computed, layers that do not exist; `student` may lie on the meta device.
+
+        Raises:
+            ValueError: for a selection that matches nothing.
+        """
 
 
 def edits_among(callbacks: Iterable[L.Callback]) -> list[StudentEdit]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from kdqat.cli.main import main
 from tests.cli.fork_server import run, server
 from tests.cli.recipes import DROP, write
 
@@ -35,6 +38,38 @@ def test_a_run_that_does_not_fit_is_warned_of_loudly(tmp_path: Path) -> None:
     write(tmp_path, data__init_args__batch_size=2**31)
     text = run(tmp_path, "fit", "recipe.yaml", "--dry_run")
     assert "WARNING" in text and "more than there is" in text
+
+
+TYPO = {"roles": ["qq"]}
+
+
+@pytest.mark.parametrize(
+    "name", ["Freeze", "LoraAdapters", "FreezeWindow", "GradientLog", "SignalLog", "OscillationLog"]
+)
+def test_a_selection_without_layers_is_found_before_anything_is_written(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, trainer__callbacks=[{"class_path": name, "init_args": TYPO}])
+    for options in (["--dry_run"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "recipe.yaml", *options])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"{name}: roles 'qq' matches no layer of the plan" in error
+        assert {path for path in files(tmp_path) if path.is_file()} == {tmp_path / "recipe.yaml"}
+
+
+def test_callbacks_choose_among_the_layers_of_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, trainer__default_root_dir=str(tmp_path / "run"), evaluate=DROP, export=DROP)
+    with pytest.raises(SystemExit):
+        main(["quantize", str(path)])
+    before = files(tmp_path / "run")
+    write(tmp_path, trainer__default_root_dir=str(tmp_path / "run"), evaluate=DROP, export=DROP,
+          trainer__callbacks=[{"class_path": "SignalLog", "init_args": TYPO}])  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", str(path)])
+    assert stop.value.code == 2 and "SignalLog: roles 'qq'" in capsys.readouterr().err
+    assert files(tmp_path / "run") == before
 
 
 def test_a_dry_run_of_a_bad_recipe_says_one_line(tmp_path: Path) -> None:

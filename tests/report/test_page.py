@@ -10,6 +10,8 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kdqat.report.page import write_page
@@ -153,6 +155,24 @@ def test_a_damaged_signals_file_is_said_not_died_of(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", signals=False)
     (run / "signals.parquet").write_bytes(b"PAR1 nothing")
     assert "signals.parquet cannot be read" in page(run).text
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("value", ["high"], "a column is not of its type"),
+        ("role", [[1]], "a column is not of its type"),
+        ("block", ["first"], "a column is not of its type"),
+        ("step", [None], "step is missing in some rows"),
+    ],
+)
+def test_signals_with_a_column_of_another_type_are_said_to_be_unreadable(
+    name: str, values: list[object], words: str, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", signals=False)
+    columns = {"step": [0], "source": ["signal"], "metric": ["gain"], "block": [0], "role": ["q"], "layer": ["l"]}
+    pq.write_table(pa.table({**columns, "value": [1.0], name: values}), run / "signals.parquet")
+    assert any("signals.parquet cannot be read" in text and words in text for text in read_run(run).missing)
 
 
 def test_values_that_are_none_are_grey_and_leave_the_scale_alone(tmp_path: Path) -> None:

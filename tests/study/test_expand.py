@@ -52,6 +52,33 @@ def test_numbers_may_be_written_as_1e_5(tmp_path: Path) -> None:
     assert [lr_of(run.recipe) for run in full(read_study(path))] == [1e-5, 3e-4, 2e-3, 10.0, 20.0]
 
 
+def test_a_date_is_a_word_and_malformed_arguments_are_left_to_the_recipe_s_parser(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        path.read_text() + "vary: {data.text: [2024-05-01], model.quantizer: [{class_path: A, init_args: [1]}]}\n"
+    )
+    from kdqat.study import read_study
+
+    (run,) = full(read_study(path))
+    assert run.recipe["data"]["init_args"]["text"] == "2024-05-01" and len(run.settings_hash) == 64
+    assert run.variation.name == "text-2024-05-01_quantizer-A" and study.vary == {}
+
+
+def test_a_later_axis_may_change_a_part_of_what_an_earlier_one_sets(tmp_path: Path) -> None:
+    plan = {"class_path": "Uniform", "init_args": {"scheme": "W4A16", "ignore": ["x"]}}
+    (run,) = full(study_of(tmp_path, vary={"model.plan": {"u": plan}, "model.plan.scheme": ["W3A16"]}))
+    assert run.recipe["model"]["plan"]["init_args"] == {"scheme": "W3A16", "ignore": ["x"]}
+
+
+def test_scores_are_a_section_like_the_others(tmp_path: Path) -> None:
+    from kdqat.cli import parser
+    from kdqat.study import settings
+
+    (run,) = full(study_of(tmp_path, vary={"score.scorer": [{"class_path": "LIM"}]}))
+    assert run.recipe["score"] == {"scorer": {"class_path": "LIM"}} and parser.SECTIONS is settings.SECTIONS
+
+
 def test_values_can_have_names_and_stand_for_several_settings(tmp_path: Path) -> None:
     freeze = {"class_path": "Freeze", "init_args": {"roles": ["o", "v"]}}
     study = study_of(
@@ -137,6 +164,27 @@ def test_settings_that_lead_nowhere_are_errors(settings: dict[str, Any], words: 
         ({"vary": {"freeze": {"ov": [1]}}}, "a mapping of dotted keys"),
         ({"vary": {LR: [1e-4, 1e-4]}}, "two variations are called 'lr-0.0001'"),
         ({"variations": [{"set": {}}]}, "an entry has name"),
+        ({"vary": {3: [1]}}, "vary: its keys are words, this is 3"),
+        ({"set": {3: 4}}, "set: its keys are words, this is 3"),
+        ({"screen": {"keep": 1, "max_steps": 2, "set": {3: 4}}}, r"screen\.set: its keys are words"),
+        ({"vary": {"freeze": {"ov": {3: 4}}}}, "vary: freeze: ov: its keys are words"),
+        ({"seed_keys": [3]}, "seed_keys: its items are words, this is 3"),
+        ({"metrics": [3]}, "metrics: its items are words"),
+        ({"keep": [["student"]]}, "keep: its items are words"),
+        ({"variations": [3]}, "variations: its items are mappings of keys, this is 3"),
+        ({"variations": [{"name": "a", "vary": [1]}]}, r"variations: a: vary: expected a mapping, this is \[1\]"),
+        ({"variations": [{"name": "a", "set": [1]}]}, r"variations: a: set: expected a mapping, this is \[1\]"),
+        ({"variations": [{"name": "a", "set": {1: 1}}]}, "variations: a: set: its keys are words"),
+        ({"screen": {"keep": 1, "max_steps": 2, "per": [["a"]]}}, r"screen\.per: its items are words"),
+        ({"vary": {LR: [1]}, "variations": [{"name": "a", "set": {LR: 5}}]}, f"variation a, lr 1: {LR} undoes {LR},"),
+        (
+            {"vary": {LR: [1]}, "variations": [{"name": "a", "set": {"model.optimizer.init_args.lr": 5}}]},
+            r"undoes model\.optimizer\.init_args\.lr",
+        ),
+        (
+            {"vary": {"plan": {"a": {"model.plan.scheme": "W4A16"}}, "model.plan": [{"class_path": "X"}]}},
+            r"model\.plan undoes model\.plan\.scheme",
+        ),
         ({"vary": {"trainer.callbacks": [[{"class_path": "X" * 200}]]}}, "too long"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from kdqat.cli.main import main
 from kdqat.study import Study
 from kdqat.study.launch import claim, devices, slots, visible_gpus
-from tests.study.cases import METRIC, Pretends, lr_of, said, study_of
+from tests.study.cases import METRIC, Logs, Pretends, lr_of, said, study_of
 
 VARY = {"model.optimizer.lr": [1e-4, 1e-3]}
 
@@ -93,6 +95,51 @@ def test_failures_are_recorded_with_their_log_and_tried_again_anew(tmp_path: Pat
     assert said(study(tmp_path), again)[0] == 0
     assert again.names() == ["lr-0.001_seed-1", "lr-0.001_seed-2"]
     assert [how for _, how in again.calls] == ["--overwrite", "--overwrite"]
+
+
+def test_a_run_whose_logged_metric_is_nan_is_the_worst_and_the_study_goes_on(tmp_path: Path) -> None:
+    made = study(tmp_path, metric="val/kl", vary={"model.optimizer.lr": [1.0, 0.1, 0.2]}, seeds=[0],
+                 screen={"max_steps": 1, "keep": 1})  # fmt: skip
+    code, text = said(made, Logs(lambda recipe: math.nan if lr_of(recipe) == 1.0 else lr_of(recipe)))
+    assert code == 0 and "lr-1.0_seed-0: val/kl nan" in text, text
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["survivors"] == ["lr-0.1"]
+    assert math.isnan(results(tmp_path)["screen_lr-1.0_seed-0"]["metrics"]["val/kl"])
+
+
+def test_a_run_that_did_not_measure_the_metric_has_failed_and_the_others_go_on(tmp_path: Path) -> None:
+    code, text = said(study(tmp_path, metric="val/kl"), Logs(lambda recipe: "" if lr_of(recipe) == 1e-3 else 2.0))
+    assert code == 1 and "lr-0.001_seed-1: FAILED: metric 'val/kl' was not measured" in text, text
+    assert "- lr-0.001_seed-2 failed: metric 'val/kl'" in (tmp_path / "out" / "study.md").read_text()
+    assert [row["variation"] for row in json.loads((tmp_path / "out" / "study.json").read_text())["full"]] == [
+        "lr-0.0001"
+    ]
+    again = Logs(by_lr)
+    code, text = said(study(tmp_path, metric="val/kl"), again)  # nothing is lost, nothing is hidden
+    assert code == 1 and not again.calls
+
+
+def test_metrics_that_nobody_measured_are_named(tmp_path: Path) -> None:
+    _, text = said(study(tmp_path, metrics=[METRIC, "val/perplx"]), Pretends(by_lr))
+    note = f"metrics: nobody measured val/perplx; there is {METRIC}"
+    assert note in text and note in (tmp_path / "out" / "study.md").read_text()
+
+
+@pytest.mark.parametrize("option", ["--workers", "--workers_per_gpu"])
+@pytest.mark.parametrize("number", ["-1", "0"])
+def test_a_number_of_workers_below_1_is_an_error_and_does_not_hang(
+    option: str, number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdqat.cli.study.run_study", lambda *_, **__: 0)  # it would wait for ever
+    study(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["study", str(tmp_path / "study.yaml"), option, number])
+    assert stop.value.code == 2 and f"{option} must be at least 1, not {number}" in capsys.readouterr().err
+
+
+def test_a_metric_that_no_finished_run_has_is_an_error(tmp_path: Path) -> None:
+    said(study(tmp_path), Pretends(by_lr))
+    with pytest.raises(ValueError, match=r"'val/kl' was not measured in lr-0\.0001_seed-1; there is"):
+        said(study(tmp_path, metric="val/kl"), Pretends(by_lr))
 
 
 def test_a_failed_run_may_be_mended_by_other_settings(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def plan_memory(module: KDQATModule, data: TextData, trainer_args: Mapping[str, 
     here = setup.device if hardware.has(setup.device) else "cpu"
     if here != setup.device:
         notes.append("no CUDA device here: counted with the CPU's kernels, time and free memory unknown")
-    split, parallel = meta_student(module, setup.edits), module.parallel
+    split, parallel = meta_student(module, setup.callbacks), module.parallel
     teacher = teacher_cost(module, split, rows, here)
     trace = trace_forward(
         split, rows, wants=module.loss.wants, autocast=setup.autocast, device=here, judge=_judge(module, teacher)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 import torch
 
 from kdqat.data import TextData
-from kdqat.training.edits import StudentEdit, edits_among
 from kdqat.training.planner.trace import Rows
 
 _AUTOCAST: dict[str, torch.dtype | None] = {
@@ -32,7 +32,7 @@ class Setup:
     autocast: torch.dtype | None
     accumulate: int
     steps: int | None
-    edits: tuple[StudentEdit, ...]  # among the callbacks, in the order in which they are made
+    callbacks: tuple[L.Callback, ...]
 
 
 def read_setup(args: Mapping[str, Any]) -> Setup:
@@ -56,7 +56,7 @@ def read_setup(args: Mapping[str, Any]) -> Setup:
         autocast=_AUTOCAST[precision],
         accumulate=int(args.get("accumulate_grad_batches") or 1),
         steps=int(steps) if steps is not None and int(steps) > 0 else None,
-        edits=tuple(edits_among(_listed(args.get("callbacks")))),
+        callbacks=tuple(_listed(args.get("callbacks"))),
     )
 
 

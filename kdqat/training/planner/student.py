@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from kdqat.models import FrozenTeacher, SplitModel, blocks_of, embedding_refs, l
 from kdqat.quant import FakeQuantExperts, FakeQuantizer, MinMax, measure_coverage
 from kdqat.student import Student
 from kdqat.student.prepare import install_plan
-from kdqat.training.edits import StudentEdit
+from kdqat.training.edits import Observer, Steer, edits_among
 from kdqat.training.module import KDQATModule
 from kdqat.training.trainable import freeze_all_but_scales, require_weights_at_rest
 from kdqat.types import EMBEDDING
@@ -31,11 +32,12 @@ class Counts:
     full_precision: int  # the model's own parameters without one
 
 
-def meta_student(module: KDQATModule, edits: Iterable[StudentEdit] = ()) -> SplitModel:
+def meta_student(module: KDQATModule, callbacks: Sequence[L.Callback] = ()) -> SplitModel:
     """The module's student in training mode on the meta device, with its plan; nothing is calibrated or initialized.
 
     Args:
-        edits: of the run, in their order; the student is edited by copies of them, which keep nothing of it.
+        callbacks: of the run. The student is edited by copies of the edits, which keep nothing of it; the others are
+            asked whether the layers they choose are there.
 
     Raises:
         ValueError: as preparing the real one would.
@@ -52,8 +54,11 @@ def meta_student(module: KDQATModule, edits: Iterable[StudentEdit] = ()) -> Spli
     if module.trainable == "scales":
         freeze_all_but_scales(split)
     student = Student(split, None, module.source, plan, measure_coverage(split.model, set(plan.ignored).__contains__))
-    for edit in edits:
+    for edit in edits_among(callbacks):
         copy.copy(edit).edit(student)
+    for callback in callbacks:
+        if isinstance(callback, Observer | Steer):
+            callback.require_matches(student)
     require_weights_at_rest(module.teacher, split)
     if module.loss is not None and "attentions" in module.loss.wants:
         split.use_eager_attention()
