@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from kdqat.callbacks import GradientLog
+from kdqat.callbacks import GradientLog, LoraAdapters
 from kdqat.training.edits import Observer
 from kdqat.training.energies import loss_scale, signal_to_noise
 from kdqat.training.signals import SignalRecorder
@@ -83,6 +83,15 @@ def test_the_update_ratio_is_the_mean_movement_in_grid_steps() -> None:
         for name, (weight, scale) in witness.before[step].items():
             moved = (witness.after[step][name] - weight).abs().view(*scale.shape[:2], -1) / scale
             assert values[step, "update_ratio", name] == pytest.approx(float(moved.mean()), rel=1e-4)
+
+
+def test_the_update_ratio_sees_what_an_adapter_inside_moves() -> None:
+    log, module = GradientLog(every_n_steps=1, probe_every_n_steps=None), make_module()
+    trainer = train(module, BATCHES[:2], callbacks=[LoraAdapters(rank=4), log])
+    (recorder,) = (c for c in trainer.callbacks if isinstance(c, SignalRecorder))
+    ratios = [row["value"] for row in recorder.table().to_pylist() if row["metric"] == "update_ratio"]
+    adapted = len(module.student.adapters)
+    assert adapted == 14 and sum(ratio > 0 for ratio in ratios) == 2 * adapted
 
 
 def test_some_rows_stand_for_all_evenly() -> None:
