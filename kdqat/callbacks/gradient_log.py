@@ -114,6 +114,8 @@ class GradientLog(Observer):
             ranks = world_size if sharded else 1
             num = step.over_ranks(ranks)["num"].clamp(min=1)
             refs, energies = weight_energies(self._refs, module.student.layers, ranks)
+            if not refs:  # on every rank alike: all of them are frozen
+                return
             divided_by = module._divisor * trainer.accumulate_grad_batches * ranks / loss_scale(trainer)
             energies = energies * (divided_by / num) ** 2
             if not sharded:
@@ -179,8 +181,9 @@ class GradientLog(Observer):
             full = self._full_precision(trainer, module, list(seen.student.inputs))
             names, values = seen.cross_entropy["weight_energy"]
             kept = [i for i, name in enumerate(names) if name in places and name in full]
-            ratio = values[kept] / torch.stack([full[names[i]] for i in kept])
-            self._note(step, "ce_weight_energy_ratio", [places[names[i]] for i in kept], ratio)
+            if kept:  # a selection may have no layer that the probe sees
+                ratio = values[kept] / torch.stack([full[names[i]] for i in kept])
+                self._note(step, "ce_weight_energy_ratio", [places[names[i]] for i in kept], ratio)
 
     def _full_precision(self, trainer: L.Trainer, module: Any, names: list[str]) -> dict[str, Tensor]:
         """Energies of the teacher's own gradient, which stays what it is: measured once."""

@@ -11,6 +11,7 @@ The step is the number of optimizer steps made before: a row of step 0 is about 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from kdqat.training.edits import Observer
 from kdqat.training.grid import GridRows
 from kdqat.training.probe import Probe
 from kdqat.types import LayerRef
+
+log = logging.getLogger(__name__)
 
 FILE = "signals.parquet"
 SCHEMA = pa.schema(
@@ -112,6 +115,12 @@ class SignalRecorder(Observer):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._write(trainer)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        try:  # a run that dies is the one whose signals are wanted
+            self._write(trainer)
+        except (OSError, RuntimeError) as error:  # a lost device, a full disk: the run's own error is the one to see
+            log.warning("%s could not be written (%s)", self.path, str(error).partition("\n")[0])
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self._probes, self.grid = {}, {}
