@@ -27,7 +27,8 @@ class FreezeWindow(Schedule):
             is tied to a chosen weight rests too.
         start: the first step that does not train them, counted from 0.
         stop: the first step that does again; None: never.
-        part: "weights" (biases and adapters with them), the weight quantizers' own "scales" (and zero points), or "all" of these.
+        part: "weights" (biases and adapters with them), the weight quantizers' own "scales" (and zero points), or "all"
+            of these.
 
     Raises:
         ValueError: for a window without steps, or another word.

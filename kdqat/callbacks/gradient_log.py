@@ -76,6 +76,11 @@ class GradientLog(Observer):
         self._before: tuple[int, list[LayerRef], list[GridRows]] | None = None
         self._full: dict[str, Tensor] | None = None  # energies of the full-precision model
 
+    @property
+    def state_key(self) -> str:
+        periods = {"every_n_steps": self.every_n_steps, "probe_every_n_steps": self.probe_every_n_steps}
+        return self._generate_state_key(**periods, **self.select)
+
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         if stage != "fit" or self.probe_every_n_steps is None:
             return

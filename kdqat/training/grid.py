@@ -2,8 +2,9 @@
 
 Not all weights: shares over 64 rows of a layer (65 536 weights at a width of 1024) are known well enough to see them
 move, and a copy of some rows costs nothing where a copy of a model would. Codes are those that an exporter would write
-(the quantizer's own stored scales, an adapter inside of it included). Layers of one spec and width are stacked (`probe/stacks.py` says why). Under FSDP2
-a block's parameters are gathered while it is looked at, so that every rank has the same rows.
+(the quantizer's own stored scales, and the weight with the adapter inside of it). Layers of one spec and width are
+stacked (`probe/stacks.py` says why). Under FSDP2 a block's parameters are gathered while it is looked at, so that every
+rank has the same rows.
 """
 
 from __future__ import annotations

@@ -166,6 +166,14 @@ def recorder_of(trainer: L.Trainer, who: str) -> SignalRecorder:
     raise ValueError(f"{who} needs a SignalRecorder behind it: make the trainer with kdqat.fit or api.make_trainer")
 
 
+def note(trainer: L.Trainer, step: int, what: str, value: float) -> None:
+    """Note a guard's finding of the whole model, where the trainer has a recorder."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SignalRecorder):
+            values = torch.tensor([value], device=trainer.strategy.root_device)  # where all others are: read at once
+            callback.add(step, "guard", what, [LayerRef("", None, "", ())], values)
+
+
 def _curves(table: pa.Table) -> dict[int, dict[str, float]]:
     """What loggers get, by step."""
     values: dict[tuple[int, str, str, str], list[float]] = {}

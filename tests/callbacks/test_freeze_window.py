@@ -154,3 +154,6 @@ def test_a_change_beyond_the_run_is_said(caplog: pytest.LogCaptureFixture) -> No
     caplog.clear()
     fit([FreezeWindow(roles=["o"], start=1, stop=2)], steps=2)
     assert "lies beyond" not in caplog.text
+    caplog.clear()
+    fit([FreezeWindow(roles=["o"], start=2)], steps=2)  # the last step is step 1
+    assert "FreezeWindow: what is to change at step 2 lies beyond the run's 2 steps" in caplog.text

@@ -92,6 +92,13 @@ def test_scale_drift_is_in_octaves_from_the_first_scale_and_survives_a_resume() 
     assert bench.moved([0.0], [0.0], scale=0.25)["scale_drift"] == pytest.approx(2)
 
 
+def test_a_log_that_is_used_again_has_new_first_scales() -> None:
+    bench = Bench()
+    bench.moved([0.0], [0.0])
+    bench.log.setup(None, bench.module, "fit")  # type: ignore[arg-type]
+    assert bench.moved([0.0], [0.0], scale=0.25)["scale_drift"] == 0
+
+
 def test_codes_are_of_the_weight_with_the_adapter_inside_of_its_quantizer() -> None:
     bench = Bench()
     attach_adapters(bench.module.student, layers=[LAYER], who="test", rank=1, alpha=1.0)
