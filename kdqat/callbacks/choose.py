@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from kdqat.models import embedding_refs, layer_refs, select_layers
+from kdqat.models import select_layers
 from kdqat.quant import QuantizedLayer
 from kdqat.student import Student
-from kdqat.types import LayerRef
-
-
-def planned_refs(student: Student) -> list[LayerRef]:
-    """The refs of all fake-quantized layers, input embeddings last."""
-    layers = student.layers
-    return [ref for ref in (*layer_refs(student.model), *embedding_refs(student.model)) if ref.name in layers]
 
 
 def chosen_layers(
@@ -30,6 +23,6 @@ def chosen_layers(
         ValueError: as `select_layers`.
     """
     there = student.layers
-    refs = select_layers(planned_refs(student), roles=roles, blocks=blocks, layers=layers, who=who)
+    refs = select_layers(student.refs, roles=roles, blocks=blocks, layers=layers, who=who)
     weights = {id(there[ref.name].weight) for ref in refs}
     return {name: layer for name, layer in there.items() if id(layer.weight) in weights}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
+import zlib
 from collections import deque
 from typing import Any, Literal, get_args
 
@@ -11,8 +13,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from kdqat.callbacks.schedule_scale import require_scalable, scale_schedule
 from kdqat.training import Checkpoints, Steer
 from kdqat.training.checkpoint import checkpoint_steps
+from kdqat.training.signals import note
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +24,7 @@ Action = Literal["warn", "stop", "reduce_lr"]
 
 
 class DivergenceError(ValueError):
-    """The run was stopped because it diverged; the last checkpoint is from before."""
+    """The run was stopped because it diverged; it says which checkpoint is from before."""
 
 
 class Divergence(Steer):
@@ -29,11 +33,14 @@ class Divergence(Steer):
     What counts is `patience` steps on end above `band` times the median of the steps before (`gradient_band` times, for
     the norm; its square is the gradient's energy). Numbers stay on the device until `every_n_steps` of them are read at
     once, so an action comes up to so many steps late, and at the same step in a resumed run. After an action the median
-    begins anew; that of the norm also does when a freeze window opens or closes.
+    begins anew; that of the norm also does when other parameters train, as a freeze window opens or closes. What is
+    found is noted in signals.parquet.
 
     Args:
-        action: "warn"; "stop" ends the run with an error and leaves the last checkpoint as it is; "reduce_lr"
-            multiplies the learning rate, and the rest of its schedule, by `factor`.
+        action: "warn"; "stop" ends the run with an error that names the step at which the band was left, and the
+            newest checkpoint from before it, if there is one still: runs are saved while nobody knows yet, so later
+            ones may be there, and `keep_last` of Checkpoints says how many stay; "reduce_lr" multiplies the learning
+            rate, and the rest of its schedule, by `factor`.
         band, gradient_band: times the median.
         window: steps in the median; nothing is judged before half of them.
         patience: steps on end.
@@ -41,7 +48,8 @@ class Divergence(Steer):
         every_n_steps: between readings.
 
     Raises:
-        ValueError: for numbers outside of their range, or another word.
+        ValueError: for numbers outside of their range, or another word; at the start of training, for "reduce_lr" with
+            a schedule of which the rest cannot be scaled.
     """
 
     def __init__(
@@ -63,13 +71,18 @@ class Divergence(Steer):
             raise ValueError("Divergence: patience >= 1, every_n_steps >= 1 and window >= 2 are needed")
         self.action, self.factor, self.every_n_steps = action, factor, every_n_steps
         self.bands = {"loss": Band(band, window, patience), "grad_norm": Band(gradient_band, window, patience)}
-        self._unread: list[tuple[int, int, dict[str, Tensor | float]]] = []  # step, tensors with a gradient, values
+        self._unread: list[tuple[int, int, dict[str, Tensor | float]]] = []  # step, who has a gradient, values
         self._trained: int | None = None
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         self._unread, self._trained = [], None
         for band in self.bands.values():
             band.reset()
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        if self.action == "reduce_lr":
+            for config in trainer.lr_scheduler_configs:
+                require_scalable(config.scheduler)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
@@ -78,20 +91,23 @@ class Divergence(Steer):
         metrics = trainer.callback_metrics
         values: dict[str, Tensor | float] = {n: metrics[f"train/{n}"] for n in self.bands if f"train/{n}" in metrics}
         groups = trainer.optimizers[0].param_groups
-        trained = sum(p.grad is not None for group in groups for p in group["params"])
+        trained = zlib.crc32(bytes(p.grad is not None for group in groups for p in group["params"]))
         self._unread.append((trainer.global_step, trained, values))
         if trainer.global_step % self.every_n_steps == 0:
             self._judge(trainer)
 
     def _judge(self, trainer: L.Trainer) -> None:
-        found = ""
+        found, since = "", 0
         for step, trained, values in self._read():
             if trained != self._trained:
                 self.bands["grad_norm"].reset()
             self._trained = trained
             for name, value in values.items():
                 if self.bands[name].leaves(value):
-                    found = f"step {step}: {name} {value:.4g} is above {self.bands[name]}"
+                    found = f"step {step}: {name} {value:.4g} is not within {self.bands[name]}"
+                    left = step - self.bands[name].patience + 1
+                    since = min(since or left, left)
+                    note(trainer, step, f"divergence_{name}", value)
         act = bool(found)
         if trainer.world_size > 1 and self.action != "warn":
             act = trainer.strategy.reduce_boolean_decision(act, all=False)
@@ -100,7 +116,7 @@ class Divergence(Steer):
         for band in self.bands.values():
             band.reset()
         if self.action == "stop":
-            raise DivergenceError(f"Divergence: {found}; stopped. {_left(trainer)}")
+            raise DivergenceError(f"Divergence: {found}; stopped. {_left(trainer, since)}")
         if self.action == "reduce_lr":
             self._reduce(trainer)
         if trainer.is_global_zero:
@@ -121,12 +137,11 @@ class Divergence(Steer):
     def _reduce(self, trainer: L.Trainer) -> None:
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                for key in ("lr", "initial_lr"):
+                for key in ("lr", "initial_lr", "max_lr", "min_lr"):  # the last two are OneCycleLR's
                     if key in group:
                         group[key] = group[key] * self.factor  # not in place: of some optimizers it is a tensor
         for config in trainer.lr_scheduler_configs:
-            if hasattr(config.scheduler, "base_lrs"):
-                config.scheduler.base_lrs = [rate * self.factor for rate in config.scheduler.base_lrs]
+            scale_schedule(config.scheduler, self.factor)
 
     def state_dict(self) -> dict[str, Any]:
         self._unread = list(self._read())  # type: ignore[arg-type]
@@ -150,11 +165,12 @@ class Band:
         self.outside = 0
 
     def leaves(self, value: float) -> bool:
-        """Take the next value; True if it is the last of `patience` on end outside of the band."""
+        """Take the next value; True if it is the last of `patience` on end outside of the band; NaN is outside."""
         assert self.values.maxlen is not None
         known = len(self.values) >= (self.values.maxlen + 1) // 2
-        self.outside = self.outside + 1 if known and value > self.factor * statistics.median(self.values) else 0
-        if not self.outside:
+        inside = not known or value <= self.factor * statistics.median(self.values)  # NaN is not
+        self.outside = 0 if inside else self.outside + 1
+        if inside and math.isfinite(value):
             self.values.append(value)
         return self.outside == self.patience
 
@@ -167,10 +183,23 @@ class Band:
         return f"{self.factor:g} times its median {statistics.median(self.values):.4g}"
 
 
-def _left(trainer: L.Trainer) -> str:
-    """What is on the disk, for the error."""
+def _left(trainer: L.Trainer, since: int) -> str:
+    """What is on the disk, for the error.
+
+    Args:
+        since: the step that left the band; its loss is of the weights of the step before.
+    """
     kept = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
     steps = checkpoint_steps(kept[0].folder(trainer)) if kept else {}
     if not steps:
         return "No checkpoint was saved before; lower the learning rate, clip gradients, or start with fewer layers"
-    return f"The last checkpoint, {list(steps.values())[-1]}, is as it was; lower the learning rate or clip gradients"
+    before = [step for step in steps if step < since - 1]
+    if not before:
+        return (
+            f"It left its band at step {since}, and no checkpoint from before is left: start again, with a lower "
+            "learning rate or clipped gradients, and more of Checkpoints' keep_last"
+        )
+    text = f"It left its band at step {since}; the newest checkpoint from before is {steps[before[-1]]}"
+    later = [path.name for step, path in steps.items() if step > before[-1]]
+    later_text = f", and to --resume from it, delete {', '.join(later)}" if later else ""
+    return f"{text}{later_text}; lower the learning rate or clip gradients"

@@ -27,7 +27,8 @@ class FreezeWindow(Schedule):
             is tied to a chosen weight rests too.
         start: the first step that does not train them, counted from 0.
         stop: the first step that does again; None: never.
-        part: "weights" (and biases), the weight quantizers' own "scales" (and zero points), or "all" of these.
+        part: "weights" (biases and adapters with them), the weight quantizers' own "scales" (and zero points), or "all"
+            of these.
 
     Raises:
         ValueError: for a window without steps, or another word.
@@ -59,6 +60,7 @@ class FreezeWindow(Schedule):
         for layer in chosen:
             if self.part != "scales":
                 parameters += [layer.weight, getattr(layer, "bias", None)]
+                parameters += layer.adapter.parameters() if layer.adapter is not None else []  # trained in its place
             if self.part != "weights" and layer.weight_fake_quantizer is not None:
                 parameters += layer.weight_fake_quantizer.parameters()
         what = f"FreezeWindow: part {self.part} of roles {self.roles}, blocks {self.blocks}, layers {self.layers}"

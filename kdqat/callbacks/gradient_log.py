@@ -77,6 +77,11 @@ class GradientLog(Observer):
         self._before: tuple[int, list[LayerRef], list[GridRows]] | None = None
         self._full: dict[str, Tensor] | None = None  # energies of the full-precision model
 
+    @property
+    def state_key(self) -> str:
+        periods = {"every_n_steps": self.every_n_steps, "probe_every_n_steps": self.probe_every_n_steps}
+        return self._generate_state_key(**periods, **self.select)
+
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         if stage != "fit" or self.probe_every_n_steps is None:
             return
@@ -118,6 +123,8 @@ class GradientLog(Observer):
             ranks = world_size if sharded else 1
             num = step.over_ranks(ranks)["num"].clamp(min=1)
             refs, energies = weight_energies(self._refs, module.student.layers, ranks)
+            if not refs:  # on every rank alike: all of them are frozen
+                return
             divided_by = module._divisor * trainer.accumulate_grad_batches * ranks / loss_scale(trainer)
             energies = energies * (divided_by / num) ** 2
             if not sharded:
@@ -183,8 +190,9 @@ class GradientLog(Observer):
             full = self._full_precision(trainer, module, list(seen.student.inputs))
             names, values = seen.cross_entropy["weight_energy"]
             kept = [i for i, name in enumerate(names) if name in places and name in full]
-            ratio = values[kept] / torch.stack([full[names[i]] for i in kept])
-            self._note(step, "ce_weight_energy_ratio", [places[names[i]] for i in kept], ratio)
+            if kept:  # a selection may have no layer that the probe sees
+                ratio = values[kept] / torch.stack([full[names[i]] for i in kept])
+                self._note(step, "ce_weight_energy_ratio", [places[names[i]] for i in kept], ratio)
 
     def _full_precision(self, trainer: L.Trainer, module: Any, names: list[str]) -> dict[str, Tensor]:
         """Energies of the teacher's own gradient, which stays what it is: measured once."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdqat.callbacks.checksum import local_part
 from kdqat.training import Observer
+from kdqat.training.signals import note
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class NothingMoved(Observer):
         if sum(still) <= self.share * elements:
             return
         self._said = True
+        note(trainer, trainer.global_step, "nothing_moved", sum(still) / elements)
         whole = sum(count == watched.start.numel() for count, watched in zip(still, due, strict=True))
         bf16 = any(watched.parameter.dtype == torch.bfloat16 for watched in due)
         log.warning(

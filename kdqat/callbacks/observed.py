@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from kdqat.models import embedding_refs, layer_refs, select_layers
+from kdqat.models import layer_refs, select_layers
 from kdqat.student import Student
 from kdqat.training.grid import GridRows, grid_rows
 from kdqat.training.probe import Probe, ProbePass
@@ -36,9 +36,7 @@ def chosen_layers(
     layers: Collection[str] | None,
 ) -> list[LayerRef]:
     """The fake-quantized layers to look at; errors as `select_layers`."""
-    planned = student.layers
-    refs = [ref for ref in (*layer_refs(student.model), *embedding_refs(student.model)) if ref.name in planned]
-    return select_layers(refs, roles=roles, blocks=blocks, layers=layers, who=who)
+    return select_layers(student.refs, roles=roles, blocks=blocks, layers=layers, who=who)
 
 
 def offer_batch(probe: Probe, saved: Any, trainer: L.Trainer, batch: Any) -> None:

@@ -62,6 +62,13 @@ class OscillationLog(Observer):
         self._directions: dict[Any, Tensor] = {}  # of the last flip, -1 0 1, by GridRows.key
         self._first_scales: dict[str, Tensor] = {}  # by layer, on the CPU after a resume
 
+    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        self._first_scales = {}  # of a run before; a checkpoint's come after this
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(every_n_steps=self.every_n_steps, **self.select)
+
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self._recorder = recorder_of(trainer, "OscillationLog")
         refs, layers = chosen_layers(module.student, "OscillationLog", **self.select), module.student.layers

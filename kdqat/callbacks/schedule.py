@@ -48,9 +48,10 @@ class Schedule(Steer, ABC):
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         self._windows = self.windows(module.student)
         total, name = trainer.estimated_stepping_batches, type(self).__name__
-        for step in sorted({step for window in self._windows for step in (window.start, window.stop or 0)}):
-            if step > total:
-                log.warning("%s: what is to change at step %d lies beyond the run's %d steps", name, step, total)
+        late = {w.start for w in self._windows if w.start >= total}  # steps are counted from 0
+        late |= {w.stop for w in self._windows if w.stop is not None and w.stop > total}
+        for step in sorted(late):
+            log.warning("%s: what is to change at step %d lies beyond the run's %d steps", name, step, total)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Optimizer) -> None:
         step = trainer.global_step

@@ -56,6 +56,10 @@ class SignalLog(Observer):
         self._places: dict[str, LayerRef] = {}
         self._probe_batch: Any = None
 
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(every_n_steps=self.every_n_steps, **self.select)
+
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         if stage == "fit":
             require_live(module.teacher, "SignalLog")

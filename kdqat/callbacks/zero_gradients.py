@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdqat.callbacks.checksum import local_part
-from kdqat.callbacks.choose import planned_refs
 from kdqat.student import Student
 from kdqat.training import Observer
+from kdqat.training.signals import note
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class ZeroGradients(Observer):
         dead = [label for label, lives in alive.items() if not lives and not (step == 0 and "lora_A" in label)]
         dead = [label for label in dead if label not in self._said]
         self._said.update(dead)
+        if dead:
+            note(trainer, step, "zero_gradients", float(len(dead)))
         if dead and trainer.is_global_zero:
             log.warning(
                 "ZeroGradients: step %d: all gradients are exactly zero or missing for %s; nothing there is trained. "
@@ -65,7 +67,7 @@ class ZeroGradients(Observer):
 
 def _named(optimizer: Optimizer, student: Student) -> list[tuple[str, nn.Parameter]]:
     """Every parameter of the optimizer with its label: "scales of down", or the group's name outside of layers."""
-    roles = {ref.name: ref.role for ref in planned_refs(student)}
+    roles = {ref.name: ref.role for ref in student.refs}
     labels: dict[int, str] = {}
     for name, parameter in student.model.named_parameters():
         parts = name.split(".")

@@ -29,12 +29,14 @@ def select_layers(
             silence.
     """
     there = {ref.block for ref in refs if ref.block is not None}
-    numbers = (
-        None if blocks is None else {block if block >= 0 else max(there, default=-1) + 1 + block for block in blocks}
-    )
+    count = max(there, default=-1) + 1
     tests = {
         "roles": (roles, lambda ref, role: ref.role == role, sorted({ref.role for ref in refs})),
-        "blocks": (numbers, lambda ref, block: ref.block == block, f"0 to {max(there, default=-1)}"),
+        "blocks": (
+            blocks,
+            lambda ref, block: ref.block == (block if block >= 0 else count + block),
+            f"0 to {count - 1}",
+        ),
         "layers": (layers, lambda ref, glob: fnmatchcase(ref.name, glob), [ref.name for ref in refs[:2]]),
     }
     chosen = list(refs)

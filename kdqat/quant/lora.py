@@ -51,7 +51,9 @@ class LoraAdapter(nn.Module):
         super().__init__()
         if placement not in get_args(Placement):
             raise ValueError(f"placement {placement!r} is unknown: use inside or outside")
-        if not 1 <= rank <= min(shape):
+        if rank < 1:
+            raise ValueError(f"rank {rank} is no rank: use 1 or more")
+        if rank > min(shape):
             raise ValueError(f"rank {rank} does not fit a weight {tuple(shape)}: use 1 to {min(shape)}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout {dropout} is no share: use 0 to below 1")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kdqat.models import embedding_refs, layer_refs, select_layers
+from kdqat.models import select_layers
 from kdqat.quant import FakeQuantConv1D, FakeQuantLayer, FakeQuantLinear, LoraAdapter
 from kdqat.student.student import Student
 from kdqat.types import LayerRef
@@ -46,7 +46,7 @@ def attach_adapters(
             adapter, or the settings do not fit; then nothing is changed.
     """
     own = student.layers
-    refs = [ref for ref in (*layer_refs(student.model), *embedding_refs(student.model)) if ref.name in own]
+    refs = student.refs
     asked = roles is not None or layers is not None
     if not asked and blocks is None:
         refs = [ref for ref in refs if ref.block is not None]
@@ -106,7 +106,7 @@ def merge_change(student: Student) -> dict[str, dict[str, float]]:
         Q(W) + s B A; layers, their number. Layers whose weight is not quantized are left out: they would merge exactly.
     """
     sums: dict[str, Any] = {}
-    roles = {ref.name: ref.role for ref in (*layer_refs(student.model), *embedding_refs(student.model))}
+    roles = {ref.name: ref.role for ref in student.refs}
     for name, layer in student.layers.items():
         quantizer, adapter = layer.weight_fake_quantizer, layer.adapter
         if quantizer is None or adapter is None or adapter.placement == "inside":

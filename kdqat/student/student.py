@@ -13,6 +13,7 @@ import torch
 from kdqat.models import ModelSource, SplitModel, embedding_refs, layer_refs
 from kdqat.quant import Coverage, FakeQuantizer, LoraAdapter, MinMax, QuantizedLayer, fake_quant_layers
 from kdqat.spec import QuantPlan
+from kdqat.types import LayerRef
 
 
 @dataclass
@@ -34,6 +35,12 @@ class Student:
     def layers(self) -> dict[str, QuantizedLayer]:
         """Its fake-quantized layers, by name."""
         return fake_quant_layers(self.model)
+
+    @property
+    def refs(self) -> list[LayerRef]:
+        """What its fake-quantized layers are for and where, input embeddings last."""
+        layers = self.layers
+        return [ref for ref in (*layer_refs(self.model), *embedding_refs(self.model)) if ref.name in layers]
 
     @property
     def adapters(self) -> dict[str, LoraAdapter]:

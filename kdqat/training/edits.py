@@ -76,7 +76,21 @@ def edits_among(callbacks: Iterable[L.Callback]) -> list[StudentEdit]:
 
 
 def in_order(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
-    """Edits, observers, then all others in the order given, steering ones last."""
+    """Edits, observers, then all others in the order given, steering ones last.
+
+    Raises:
+        ValueError: for two of a kind whose states a checkpoint could not tell apart.
+    """
+    known = set()
+    for callback in callbacks:
+        if type(callback).state_dict is not L.Callback.state_dict:
+            if callback.state_key in known:
+                raise ValueError(
+                    f"trainer.callbacks: there are two {type(callback).__name__} with the same settings, and a "
+                    "checkpoint could not tell their states apart: leave one out, or let them differ in what they "
+                    "choose or how often they look, where they can"
+                )
+            known.add(callback.state_key)
 
     def turn(callback: L.Callback) -> int:
         kinds = (StudentEdit, Observer)

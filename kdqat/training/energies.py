@@ -23,7 +23,8 @@ def weight_energies(
     """
     found = [ref for ref in refs if layers[ref.name].weight.grad is not None]
     if not found:
-        return [], torch.zeros(0)
+        device = layers[refs[0].name].weight.device if refs else None
+        return [], torch.zeros(0, dtype=torch.float64, device=device)
     gradients = [layers[ref.name].weight.grad for ref in found]
     local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
     energies = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32)).double().square()

@@ -2,8 +2,9 @@
 
 Not all weights: shares over 64 rows of a layer (65 536 weights at a width of 1024) are known well enough to see them
 move, and a copy of some rows costs nothing where a copy of a model would. Codes are those that an exporter would write
-(the quantizer's own stored scales). Layers of one spec and width are stacked (`probe/stacks.py` says why). Under FSDP2
-a block's parameters are gathered while it is looked at, so that every rank has the same rows.
+(the quantizer's own stored scales, and the weight with the adapter inside of it). Layers of one spec and width are
+stacked (`probe/stacks.py` says why). Under FSDP2 a block's parameters are gathered while it is looked at, so that every
+rank has the same rows.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def grid_rows(
         with gathered(owner) as sharded:
             for ref in members:
                 layer = layers[ref.name]
-                rows = _rows(ref, layer.weight_fake_quantizer, layer.as_matrix(layer.weight.detach()), max_rows)
+                rows = _rows(ref, layer.weight_fake_quantizer, layer.latent_matrix().detach(), max_rows)
                 key = (rows.quantizer.spec, rows.matrix.shape[1], rows.matrix.device)
                 waiting = pending.setdefault(key, [])
                 waiting.append(rows)
@@ -102,7 +103,8 @@ def _rows(ref: LayerRef, quantizer: FakeQuantizer, matrix: Tensor, max_rows: int
         values = values if values.ndim == 3 else values.reshape(1, 1, 1)
         return values[::stride] if values.shape[0] == height else values.expand(count, -1, -1)
 
-    return _Rows(ref, quantizer, matrix[::stride], QParams(some(stored.scale), some(stored.zero_point)))
+    # a copy: with an adapter inside, a view would keep a whole matrix of its own
+    return _Rows(ref, quantizer, matrix[::stride].contiguous(), QParams(some(stored.scale), some(stored.zero_point)))
 
 
 def _stack(items: list[_Rows]) -> GridRows:

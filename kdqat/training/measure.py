@@ -80,8 +80,9 @@ def measure_signals(student: Student, teacher: Teacher, batch: Batch) -> list[Ro
         theirs = dict(zip(*full_precision_energies(full, batch, names, nullcontext)["weight_energy"], strict=True))
         where = [places[name] for name in found]
         rows += _rows("gradient", "ce_weight_energy", where, ours)
-        ratio = ours / torch.stack([theirs[name] for name in found]).to(ours)
-        rows += _rows("gradient", "ce_weight_energy_ratio", where, ratio)
+        if found:  # not in a plan of embeddings, experts or the head alone
+            ratio = ours / torch.stack([theirs[name] for name in found]).to(ours)
+            rows += _rows("gradient", "ce_weight_energy_ratio", where, ratio)
     return rows
 
 

@@ -11,6 +11,7 @@ The step is the number of optimizer steps made before: a row of step 0 is about 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from kdqat.training.edits import Observer
 from kdqat.training.grid import GridRows
 from kdqat.training.probe import Probe
 from kdqat.types import LayerRef
+
+log = logging.getLogger(__name__)
 
 FILE = "signals.parquet"
 SCHEMA = pa.schema(
@@ -113,6 +116,12 @@ class SignalRecorder(Observer):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._write(trainer)
 
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        try:  # a run that dies is the one whose signals are wanted
+            self._write(trainer)
+        except (OSError, RuntimeError) as error:  # a lost device, a full disk: the run's own error is the one to see
+            log.warning("%s could not be written (%s)", self.path, str(error).partition("\n")[0])
+
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self._probes, self.grid = {}, {}
 
@@ -155,6 +164,14 @@ def recorder_of(trainer: L.Trainer, who: str) -> SignalRecorder:
         if isinstance(callback, SignalRecorder):
             return callback
     raise ValueError(f"{who} needs a SignalRecorder behind it: make the trainer with kdqat.fit or api.make_trainer")
+
+
+def note(trainer: L.Trainer, step: int, what: str, value: float) -> None:
+    """Note a guard's finding of the whole model, where the trainer has a recorder."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SignalRecorder):
+            values = torch.tensor([value], device=trainer.strategy.root_device)  # where all others are: read at once
+            callback.add(step, "guard", what, [LayerRef("", None, "", ())], values)
 
 
 def _curves(table: pa.Table) -> dict[int, dict[str, float]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdqat.allocate import Uniform
-from kdqat.callbacks import BlockProgressive, FreezeWindow, ScalesFirst
+from kdqat.callbacks import BlockProgressive, FreezeWindow, LoraAdapters, ScalesFirst
 from kdqat.quant import MinMax
 from kdqat.training import Observer
 from tests.callbacks.runs import fit, resumed_ends_the_same
@@ -59,6 +59,16 @@ def test_a_window_may_hold_weights_or_scales_only(part: Any, ending: str) -> Non
     held = {name for name in notes.before if ".layers.1." in name and name.endswith(ending)}
     assert len(held) == 7
     assert [set(notes.before) - moved for moved in notes.moved] == [set(), held, held]
+
+
+@pytest.mark.parametrize("part", ["all", "weights"])
+def test_a_window_holds_the_adapters_of_its_layers(part: Any) -> None:
+    notes = Movements()
+    window = FreezeWindow(roles=["o"], part=part, start=1, stop=2)
+    fit([LoraAdapters(rank=4), window, notes], steps=3, module=make_module(optimizer=DECAYING))
+    adapters = {name for name in notes.before if "o_proj.adapter" in name}
+    assert len(adapters) == 4 and any("q_proj.adapter" in name for name in notes.moved[1])
+    assert [bool(adapters & moved) for moved in notes.moved] == [True, False, True]
 
 
 @pytest.mark.parametrize("order", ["first_to_last", "last_to_first"])
@@ -144,3 +154,6 @@ def test_a_change_beyond_the_run_is_said(caplog: pytest.LogCaptureFixture) -> No
     caplog.clear()
     fit([FreezeWindow(roles=["o"], start=1, stop=2)], steps=2)
     assert "lies beyond" not in caplog.text
+    caplog.clear()
+    fit([FreezeWindow(roles=["o"], start=2)], steps=2)  # the last step is step 1
+    assert "FreezeWindow: what is to change at step 2 lies beyond the run's 2 steps" in caplog.text

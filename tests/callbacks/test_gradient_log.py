@@ -10,10 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from kdqat.callbacks import GradientLog
+from kdqat.allocate import Uniform
+from kdqat.callbacks import GradientLog, LoraAdapters
 from kdqat.training.edits import Observer
-from kdqat.training.energies import loss_scale, signal_to_noise
+from kdqat.training.energies import loss_scale, signal_to_noise, weight_energies
 from kdqat.training.signals import SignalRecorder
+from kdqat.types import LayerRef
 from tests.training.toy import batch, joined, make_module, train
 
 BATCHES = [batch(2, labelled=n + 2, seed=n) for n in range(4)]
@@ -85,6 +87,15 @@ def test_the_update_ratio_is_the_mean_movement_in_grid_steps() -> None:
             assert values[step, "update_ratio", name] == pytest.approx(float(moved.mean()), rel=1e-4)
 
 
+def test_the_update_ratio_sees_what_an_adapter_inside_moves() -> None:
+    log, module = GradientLog(every_n_steps=1, probe_every_n_steps=None), make_module()
+    trainer = train(module, BATCHES[:2], callbacks=[LoraAdapters(rank=4), log])
+    (recorder,) = (c for c in trainer.callbacks if isinstance(c, SignalRecorder))
+    ratios = [row["value"] for row in recorder.table().to_pylist() if row["metric"] == "update_ratio"]
+    adapted = len(module.student.adapters)
+    assert adapted == 14 and sum(ratio > 0 for ratio in ratios) == 2 * adapted
+
+
 def test_some_rows_stand_for_all_evenly() -> None:
     all_rows, _ = logged(GradientLog(probe_every_n_steps=None, max_rows=None))
     some, _ = logged(GradientLog(probe_every_n_steps=None, max_rows=16))
@@ -98,6 +109,29 @@ def test_a_selection_logs_only_what_it_names_and_a_typo_is_an_error() -> None:
     assert {metric for _, metric, _ in values} >= {"probe_weight_energy", "probe_activation_energy"}
     with pytest.raises(ValueError, match="GradientLog: roles 'ov' matches no layer"):
         logged(GradientLog(roles=["ov"]))
+
+
+@pytest.mark.parametrize(("planned", "roles"), [([], None), (["q"], ["lm_head"])])
+def test_a_probe_that_sees_none_of_the_layers_logs_nothing_of_them(planned: list[str], roles: list[str] | None) -> None:
+    rest = [role for role in ("q", "k", "v", "o", "gate", "up", "down") if role not in planned]
+    module = make_module(plan=Uniform("W4A16_G32", ignore=rest, embeddings="W4A16_G32"))
+    log = GradientLog(every_n_steps=1, full_precision_ratio=True, roles=roles)
+    trainer = train(module, BATCHES[:1], callbacks=[log])
+    (recorder,) = (c for c in trainer.callbacks if isinstance(c, SignalRecorder))
+    assert set(recorder.table()["metric"].to_pylist()) == {"energy", "energy_per_element", "update_ratio"}
+
+
+def test_no_gradient_is_no_energy_on_the_device_of_the_weights() -> None:
+    layer = SimpleNamespace(weight=torch.nn.Parameter(torch.zeros(2, device="meta")))
+    refs, energies = weight_energies([LayerRef("a", 0, "o", ())], {"a": layer}, 1)
+    assert refs == [] and energies.shape == (0,) and energies.device.type == "meta"
+
+
+def test_frozen_weights_have_no_signal_to_noise() -> None:
+    log, module = GradientLog(every_n_steps=1, probe_every_n_steps=None), make_module()
+    trainer = train(module, BATCHES, callbacks=[LoraAdapters(rank=4), log], accumulate_grad_batches=2)
+    (recorder,) = (c for c in trainer.callbacks if isinstance(c, SignalRecorder))
+    assert set(recorder.table()["metric"].to_pylist()) == {"update_ratio"}
 
 
 def test_the_ratio_to_the_full_precision_model_is_one_where_nothing_is_rounded() -> None:

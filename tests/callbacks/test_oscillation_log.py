@@ -14,6 +14,7 @@ from kdqat.models import layer_refs
 from kdqat.quant import MinMax
 from kdqat.quant.formats import decode
 from kdqat.spec import QuantSpec
+from kdqat.student import attach_adapters
 from kdqat.training.grid import _ranks, grid_rows
 from kdqat.training.signals import SignalRecorder
 from tests.training.toy import make_module
@@ -89,6 +90,23 @@ def test_scale_drift_is_in_octaves_from_the_first_scale_and_survives_a_resume() 
     bench.attach()
     bench.log.load_state_dict(state)
     assert bench.moved([0.0], [0.0], scale=0.25)["scale_drift"] == pytest.approx(2)
+
+
+def test_a_log_that_is_used_again_has_new_first_scales() -> None:
+    bench = Bench()
+    bench.moved([0.0], [0.0])
+    bench.log.setup(None, bench.module, "fit")  # type: ignore[arg-type]
+    assert bench.moved([0.0], [0.0], scale=0.25)["scale_drift"] == 0
+
+
+def test_codes_are_of_the_weight_with_the_adapter_inside_of_its_quantizer() -> None:
+    bench = Bench()
+    attach_adapters(bench.module.student, layers=[LAYER], who="test", rank=1, alpha=1.0)
+    with torch.no_grad():
+        bench.layer.adapter.lora_A.zero_()[0, 0] = 1
+        bench.layer.adapter.lora_B.zero_()[0, 0] = 0.3
+    numbers = bench.moved([0.4, 0.4], [0.1, 0.6])  # 0.7 and 0.4 before, 0.4 and 0.6 after
+    assert numbers["flipped"] == pytest.approx(2)
 
 
 @pytest.mark.parametrize(

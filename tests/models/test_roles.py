@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from kdqat.models import block_prefix, blocks_of, family_of, layer_refs
+from kdqat.models import block_prefix, blocks_of, family_of, layer_refs, select_layers
 from kdqat.models.roles import FAMILIES, ROLES, embedding_refs
 from kdqat.models.toy import TOYS, toy_model
 from kdqat.quant import MinMax, apply_plan
 from kdqat.spec import QuantPlan, preset
+from kdqat.types import LayerRef
 
 GATED = ("q", "k", "v", "o", "gate", "up", "down")
 PLAIN = ("q", "k", "v", "o", "up", "down")
@@ -110,3 +111,10 @@ def test_a_toy_is_the_same_every_time_and_leaves_the_global_seed_alone(kind):
     first, second = toy_model(kind), toy_model(kind)
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_block_that_is_not_there_is_named_as_it_was_asked_for():
+    refs = [LayerRef("a.0", 0, "q", ()), LayerRef("a.1", 1, "q", ())]
+    with pytest.raises(ValueError, match="Freeze: blocks -9 matches no layer of the plan; there are 0 to 1"):
+        select_layers(refs, blocks=[-9], who="Freeze")
+    assert select_layers(refs, blocks=[-1], who="Freeze") == refs[1:]

@@ -224,8 +224,8 @@ def test_dropout_is_the_branchs_own_and_off_in_evaluation() -> None:
     ("settings", "message"),
     [
         ({"placement": "beside"}, "placement 'beside' is unknown: use inside or outside"),
+        ({"rank": 0}, "rank 0 is no rank: use 1 or more"),
         ({"rank": 65}, r"rank 65 does not fit a weight \(64, 128\): use 1 to 64"),
-        ({"rank": 0}, "rank 0 does not fit"),
         ({"dropout": 0.1}, "set dropout: 0"),
         ({"dropout": 1.0, "placement": "outside"}, "use 0 to below 1"),
     ],

@@ -75,3 +75,10 @@ def test_an_adapter_outside_is_part_of_the_size() -> None:
     LoraAdapters(rank=4, placement="outside").edit(student)
     numbers = sum(p.numel() for m in student.model.modules() if isinstance(m, LoraAdapter) for p in m.parameters())
     assert stored_bytes(student) == {"student": before["student"] + 2 * numbers, "teacher": before["teacher"]}
+
+
+def test_the_refs_of_a_student_are_its_planned_layers_embeddings_last() -> None:
+    student = prepared(ignore=["q"], embeddings="W4A16_G32")
+    refs = student.refs
+    assert {ref.name for ref in refs} == set(student.layers) and refs[-1].role == "embedding"
+    assert not any(ref.role == "q" for ref in refs)

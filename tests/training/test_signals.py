@@ -16,6 +16,7 @@ import kdqat
 from kdqat.callbacks import GradientLog, OscillationLog, SignalLog
 from kdqat.models import CachedTeacher
 from kdqat.report.recommend import RATIO, recommend, role_table
+from kdqat.training import Observer
 from kdqat.training.signals import SCHEMA, SignalRecorder, recorder_of
 from kdqat.types import LayerRef
 from tests.training.toy import batch, make_module, train
@@ -70,6 +71,30 @@ def test_only_the_first_process_logs_and_writes(tmp_path: Path) -> None:
     assert trainer.loggers[0].rows == [] and list(tmp_path.iterdir()) == []
 
 
+class Dies(Observer):
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 2:
+            raise ValueError("it died")
+
+
+def test_a_run_that_dies_leaves_its_signals(tmp_path: Path) -> None:
+    observers = [GradientLog(every_n_steps=1, probe_every_n_steps=None), Dies()]
+    with pytest.raises(ValueError, match="it died"):
+        train(make_module(), [batch(2)] * 4, run=tmp_path, callbacks=observers)
+    table = pq.read_table(tmp_path / "signals.parquet")
+    assert set(table["step"].to_pylist()) == {0, 1, 2}  # step 2 was measured, and then it died
+
+
+def test_signals_that_cannot_be_written_do_not_hide_why_the_run_died(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    recorder = SignalRecorder(tmp_path / "file" / "run")
+    recorder.add(0, "gradient", "energy", [O0], torch.ones(1))
+    recorder.on_exception(fake_trainer(), None, ValueError())
+    assert "signals.parquet could not be written" in caplog.text
+
+
 def test_a_resumed_run_drops_rows_from_its_step_on_and_a_new_one_all(tmp_path: Path) -> None:
     first = SignalRecorder(tmp_path)
     for step in range(4):
@@ -95,11 +120,19 @@ def test_a_run_with_observers_writes_parquet_and_curves(tmp_path: Path) -> None:
     assert float(rows[2]["signal/o/sqnr_db"]) == pytest.approx(sum(by_hand) / len(by_hand))
 
 
-def test_a_run_without_observers_has_no_recorder(tmp_path: Path) -> None:
-    trainer = train(make_module(), [batch(2)], run=tmp_path)
+def test_a_run_whose_guards_find_nothing_writes_no_signals(tmp_path: Path) -> None:
+    train(make_module(), [batch(2)], run=tmp_path)
     assert not (tmp_path / "signals.parquet").exists()
     with pytest.raises(ValueError, match="GradientLog needs a SignalRecorder"):
-        recorder_of(trainer, "GradientLog")
+        recorder_of(SimpleNamespace(callbacks=[]), "GradientLog")  # type: ignore[arg-type]
+
+
+def test_two_observers_of_a_class_run_side_by_side(tmp_path: Path) -> None:
+    twice = [make(every_n_steps=1, roles=[role]) for make in (GradientLog, SignalLog, OscillationLog) for role in "qo"]
+    train(make_module(), [batch(2)], run=tmp_path, callbacks=twice)
+    rows = pq.read_table(tmp_path / "signals.parquet").to_pylist()
+    for source in ("gradient", "signal", "oscillation"):
+        assert {row["role"] for row in rows if row["source"] == source} == {"q", "o"}
 
 
 def quantized(model: str) -> kdqat.Student:
@@ -115,6 +148,13 @@ def test_signals_of_a_student_without_training(model: str, gradients: bool) -> N
     assert all(5 < value < 60 for value in sqnr)
     assert [row for row in rows if row["role"] == "block"]
     assert "| o |" in role_table(rows)
+
+
+def test_signals_of_a_plan_without_a_layer_that_the_probe_sees() -> None:
+    plan = kdqat.Uniform("W4A16_G32", ignore=["*_proj"], embeddings="W4A16_G32")
+    student = kdqat.quantize("toy:llama", plan, initializer=kdqat.RTN())
+    rows = kdqat.signals(student, text="kdqat:prose", num_rows=2, num_tokens=16)
+    assert {(row["source"], row["role"]) for row in rows} == {("signal", "block"), ("signal", "attention")}
 
 
 def test_signals_refuse_a_cached_teacher() -> None:

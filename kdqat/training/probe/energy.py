@@ -24,6 +24,8 @@ def gradient_energies(loss: Tensor, scale: Tensor | float, seen: Seen, *, keep_g
         keep_graph: another loss of the same pass will follow.
     """
     names = list(seen.inputs)
+    if not names:  # a plan of embeddings, experts or the head alone
+        return _table([], loss.new_zeros(0), loss.new_zeros(0))
     gradients = torch.autograd.grad(
         loss, [seen.outputs[name] for name in names], retain_graph=keep_graph, allow_unused=True
     )
@@ -36,9 +38,12 @@ def gradient_energies(loss: Tensor, scale: Tensor | float, seen: Seen, *, keep_g
         parts = []
         for some, (d, x) in stacked(found):
             d = d / scale
-            values = {"activation_energy": d.square().sum((1, 2)), "weight_energy": _weight_energy(d, x)}
-            parts.append({metric: (some, value) for metric, value in values.items()})
+            parts.append(_table(some, d.square().sum((1, 2)), _weight_energy(d, x)))
         return joined(parts)
+
+
+def _table(names: list[str], activation_energy: Tensor, weight_energy: Tensor) -> Values:
+    return {"activation_energy": (names, activation_energy), "weight_energy": (names, weight_energy)}
 
 
 def _weight_energy(d: Tensor, x: Tensor) -> Tensor:
