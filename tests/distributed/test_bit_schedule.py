@@ -23,6 +23,8 @@ from tests.distributed.runs import (
     write_inputs,
 )
 
+pytestmark = pytest.mark.slow  # a minute of two processes each; `pytest -m slow tests/distributed`
+
 SCHEDULE = {"class_path": "BitSchedule", "init_args": {"milestones": {0: 8, 1: 6, 4: None}}}
 # the head is quantized too: under FSDP2 it belongs to the root, which keeps what it gathered for a validation
 MODEL: dict[str, Any] = {"model": "untied", "ignore": ()}

@@ -11,6 +11,8 @@ import torch
 
 from tests.distributed.runs import DDP, SHARDED, SINGLE, Jobs, checkpoint, curve, fsdp2
 
+pytestmark = pytest.mark.slow  # a minute of two processes each; `pytest -m slow tests/distributed`
+
 # SignalLog's own passes are without gradients: no backward pass shards again what they gathered
 OBSERVERS: tuple[dict[str, Any], ...] = (
     {"class_path": "GradientLog", "init_args": {"every_n_steps": 2, "probe_every_n_steps": 2, "num_tokens": 40}},

@@ -49,6 +49,7 @@ def command(folder: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(argv, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_study_is_the_run_that_fit_makes_alone(tmp_path: Path) -> None:
     study = study_of(tmp_path, vary=VARY, seeds=[0, 1], keep=["student"])
     code, text = said(study, Served(tmp_path))
@@ -139,6 +140,7 @@ def test_a_dry_run_lists_the_runs_parses_the_recipes_and_writes_nothing(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_fresh_interpreters_are_stopped_in_order_and_nothing_is_left_running(tmp_path: Path) -> None:
     study_of(tmp_path, recipe={"trainer__max_steps": 100_000, "model__scheduler": None}, vary=VARY)
     process = command(tmp_path)
@@ -178,6 +180,7 @@ def test_forked_runs_of_a_study_that_is_killed_save_and_end(tmp_path: Path) -> N
     pytest.fail("the run goes on")
 
 
+@pytest.mark.slow
 def test_what_is_imported_before_a_fork_does_not_touch_cuda() -> None:
     code = (
         "import torch, sys\ncalls = []\n"
