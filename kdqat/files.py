@@ -11,16 +11,38 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, replacing what was there in one step."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_json_as(path: Path, name: str, content: Any) -> None:
+    """Write plain data to `path` (a file, or a folder that gets `name`), whole or not at all."""
+    write_text(path / name if path.is_dir() else path, json.dumps(content, indent=1))
+
+
+def read_json_as(path: Path, name: str, parse: Callable[[Any], T], maker: str) -> T:
+    """What `parse` makes of the JSON in `path`, a file or the folder that holds `name`.
+
+    Raises:
+        ValueError: naming the file, if it is not there (`maker` says what writes it) or not valid.
+    """
+    path = path / name if path.is_dir() else path
+    try:
+        return parse(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {maker}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 @contextmanager

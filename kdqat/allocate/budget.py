@@ -14,7 +14,7 @@ from pathlib import Path
 from kdqat.allocate.base import matches
 from kdqat.allocate.families import families_of
 from kdqat.allocate.uniform import Uniform
-from kdqat.spec import LayerScheme, QuantPlan, Scores, preset_name
+from kdqat.spec import Choice, LayerScheme, QuantPlan, Scores, preset_name
 from kdqat.types import EMBEDDING, LayerRef
 
 
@@ -141,6 +141,26 @@ class Split:
             return [_atom(name, group, scores, [name]) for name, group in blocks.items()]
         groups = families_of(free) if self._tie else [[layer] for layer in free]
         return [_atom(group[0].name, group, scores, [layer.name for layer in group]) for group in groups]
+
+    def bits(self, chosen: Mapping[str, LayerScheme]) -> float:
+        """What all planned weights take where each atom has the scheme `chosen` for its name."""
+        return self.fixed_bits + sum(atom.bits(chosen[atom.name]) for atom in self.atoms)
+
+    def choices(self, chosen: Mapping[str, LayerScheme], ranked: Sequence[Atom]) -> tuple[Choice, ...]:
+        """What each atom got; `ranked` has the most important one first."""
+        rank = {atom.name: place for place, atom in enumerate(ranked, start=1)}
+        found = []
+        for atom in self.atoms:
+            scheme, layers = chosen[atom.name], tuple(layer.name for layer in atom.layers)
+            bits = atom.bits(scheme) / atom.numel
+            label, cost = scheme_label(scheme), atom.cost.get(scheme)
+            found.append(Choice(atom.name, layers, rank[atom.name], atom.importance, label, bits, cost))
+        return tuple(found)
+
+    @property
+    def labels_of_fixed(self) -> dict[str, str]:
+        """Layer -> the name of its scheme, for what is fixed."""
+        return {name: scheme_label(scheme) for name, scheme in self.fixed.items()}
 
     def plan(self, chosen: Mapping[str, LayerScheme]) -> QuantPlan:
         """The plan where each atom has the scheme `chosen` for its name; families are stated."""

@@ -12,13 +12,13 @@ share: 1 for the most important) times what the step takes off the noise of roun
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from kdqat.allocate.base import BitAllocator
-from kdqat.allocate.budget import Atom, Budget, Split, read_scores, require_levels, scheme_label
+from kdqat.allocate.budget import Atom, Budget, Split, read_scores, require_levels
 from kdqat.allocate.uniform import DEFAULT_IGNORE, Uniform
-from kdqat.spec import Allocation, Choice, DeployOnly, KVCacheScheme, LayerScheme, QuantPlan, Scores, parse_scheme
+from kdqat.spec import Allocation, DeployOnly, KVCacheScheme, LayerScheme, QuantPlan, Scores, parse_scheme
 from kdqat.types import LayerRef
 
 Order = Literal["score", "reversed", "random"]
@@ -86,36 +86,32 @@ class ByImportance(BitAllocator):
 
     def allocate(self, layers: Sequence[LayerRef]) -> QuantPlan:
         split, chosen, _, _ = self._decide(layers)
-        return split.plan({name: self.levels[level] for name, level in chosen.items()})
+        return split.plan(chosen)
 
     def explain(self, layers: Sequence[LayerRef]) -> dict[str, Any]:
-        split, chosen, rank, scores = self._decide(layers)
-        choices = []
-        for atom in split.atoms:
-            scheme = self.levels[chosen[atom.name]]
-            names, bits = tuple(layer.name for layer in atom.layers), atom.bits(scheme)
-            choices.append(
-                Choice(atom.name, names, rank[atom.name], atom.importance, scheme_label(scheme), bits / atom.numel,
-                       atom.cost.get(scheme))
-            )  # fmt: skip
-        used = split.fixed_bits + sum(atom.bits(self.levels[chosen[atom.name]]) for atom in split.atoms)
+        split, chosen, ranked, scores = self._decide(layers)
+        used = split.bits(chosen)
         # the nominal rule has no budget of counted bits to fall short of
         wanted = used if self.count == "nominal" else self.budget.bits(split.numel)
         order = f"random, seed {self.seed}" if self.order == "random" else self.order
-        fixed = {name: scheme_label(scheme) for name, scheme in split.fixed.items()}
-        text = f"{self.budget}, {self.count}"
         return Allocation(
-            type(self).__name__, scores.method, order, text, wanted, used, tuple(choices), fixed
+            type(self).__name__,
+            scores.method,
+            order,
+            f"{self.budget}, {self.count}",
+            wanted,
+            used,
+            split.choices(chosen, ranked),
+            split.labels_of_fixed,
         ).to_json()
 
-    def _decide(self, layers: Sequence[LayerRef]) -> tuple[Split, dict[str, int], dict[str, int], Scores]:
-        """(the layers, unit -> index of its level, unit -> rank from 1, the scores)."""
+    def _decide(self, layers: Sequence[LayerRef]) -> tuple[Split, dict[str, LayerScheme], list[Atom], Scores]:
+        """(the layers, unit -> its scheme, the units ranked, the scores)."""
         scores, where = read_scores(self.scores)
         split = Split(self.base, layers, scores, tie_families=self.tie_families, where=where)
         ranked = self._ranked(split.atoms)
-        rank = {atom.name: place for place, atom in enumerate(ranked, start=1)}
-        chosen = self._nominal(ranked) if self.count == "nominal" else self._walk(split, ranked, rank)
-        return split, chosen, rank, scores
+        levels = self._nominal(ranked) if self.count == "nominal" else self._walk(split, ranked)
+        return split, {name: self.levels[level] for name, level in levels.items()}, ranked, scores
 
     def _ranked(self, atoms: Sequence[Atom]) -> list[Atom]:
         if self.order == "random":
@@ -132,7 +128,7 @@ class ByImportance(BitAllocator):
         k = round(len(ranked) * (wanted - low) / (high - low))
         return {atom.name: int(place >= k) for place, atom in enumerate(ranked)}
 
-    def _walk(self, split: Split, ranked: Sequence[Atom], rank: Mapping[str, int]) -> dict[str, int]:
+    def _walk(self, split: Split, ranked: Sequence[Atom]) -> dict[str, int]:
         """From everything at the lowest level, the upgrade with the most gain per bit that fits, until none does."""
         lowest = len(self.levels) - 1
         sizes = {atom.name: [atom.bits(level) for level in self.levels] for atom in ranked}
@@ -143,11 +139,11 @@ class ByImportance(BitAllocator):
         noise = [4.0**-level.weight.bits for level in self.levels if level.weight]
         width = [level.weight.bits for level in self.levels if level.weight]
         steps = []
-        for atom in ranked:
-            share = 1 - (rank[atom.name] - 1) / len(ranked)
+        for place, atom in enumerate(ranked):
+            share = 1 - place / len(ranked)
             for to in range(lowest):
                 gain = share * (noise[to + 1] - noise[to]) / (width[to] - width[to + 1])
-                steps.append((-gain, rank[atom.name], to, atom.name))
+                steps.append((-gain, place, to, atom.name))
         chosen = dict.fromkeys(sizes, lowest)
         for _, _, to, name in sorted(steps):  # of one unit the lower step comes first: its gain is larger
             more = sizes[name][to] - sizes[name][to + 1]

@@ -14,7 +14,7 @@ from kdqat.allocate.base import BitAllocator
 from kdqat.allocate.budget import Budget, Split, read_scores, require_levels, scheme_label
 from kdqat.allocate.knapsack_solver import solve
 from kdqat.allocate.uniform import DEFAULT_IGNORE, Uniform
-from kdqat.spec import Allocation, Choice, DeployOnly, KVCacheScheme, LayerScheme, QuantPlan, Scores, parse_scheme
+from kdqat.spec import Allocation, DeployOnly, KVCacheScheme, LayerScheme, QuantPlan, Scores, parse_scheme
 from kdqat.types import LayerRef
 
 
@@ -70,21 +70,16 @@ class Knapsack(BitAllocator):
 
     def explain(self, layers: Sequence[LayerRef]) -> dict[str, Any]:
         split, chosen, scores = self._decide(layers)
-        by_score = sorted(split.atoms, key=lambda atom: -atom.importance)
-        rank = {atom.name: place for place, atom in enumerate(by_score, start=1)}
-        choices, used = [], split.fixed_bits
-        for atom in split.atoms:
-            scheme = chosen[atom.name]
-            names, bits = tuple(layer.name for layer in atom.layers), atom.bits(scheme)
-            used += bits
-            choices.append(
-                Choice(atom.name, names, rank[atom.name], atom.importance, scheme_label(scheme), bits / atom.numel,
-                       atom.cost[scheme])
-            )  # fmt: skip
-        fixed = {name: scheme_label(scheme) for name, scheme in split.fixed.items()}
-        budget = self.budget.bits(split.numel)
+        ranked = sorted(split.atoms, key=lambda atom: -atom.importance)
         return Allocation(
-            type(self).__name__, scores.method, "least cost", str(self.budget), budget, used, tuple(choices), fixed
+            type(self).__name__,
+            scores.method,
+            "least cost",
+            str(self.budget),
+            self.budget.bits(split.numel),
+            split.bits(chosen),
+            split.choices(chosen, ranked),
+            split.labels_of_fixed,
         ).to_json()
 
     def _decide(self, layers: Sequence[LayerRef]) -> tuple[Split, dict[str, LayerScheme], Scores]:

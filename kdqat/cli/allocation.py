@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from kdqat.cli.parser import Recipe
-from kdqat.models import embedding_refs, layer_refs
+from kdqat.models import plannable_refs
 from kdqat.spec import ALLOCATION_FILE
 from kdqat.student import Student
 
 
 def write_allocation(recipe: Recipe, student: Student) -> None:
     """Write what the recipe's allocator says of its plan; an allocator that weighs nothing up leaves no file."""
-    layers = [*layer_refs(student.model), *embedding_refs(student.model)]
-    content = recipe.model.allocator.explain(layers)
+    content = recipe.model.allocator.explain(plannable_refs(student.model))
     if content is None:
         (recipe.run.path / ALLOCATION_FILE).unlink(missing_ok=True)
     else:

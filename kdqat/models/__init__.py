@@ -2,7 +2,7 @@
 
 from kdqat.models.cached_teacher import CachedTeacher
 from kdqat.models.kv_cache import apply_kv_cache, strip_kv_cache
-from kdqat.models.roles import block_prefix, blocks_of, embedding_refs, family_of, layer_refs
+from kdqat.models.roles import block_prefix, blocks_of, embedding_refs, family_of, layer_refs, plannable_refs
 from kdqat.models.select import select_layers
 from kdqat.models.shared_teacher import SharedTeacher
 from kdqat.models.source import ModelSource
@@ -23,6 +23,7 @@ __all__ = [
     "embedding_refs",
     "family_of",
     "layer_refs",
+    "plannable_refs",
     "select_layers",
     "strip_kv_cache",
 ]

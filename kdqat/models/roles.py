@@ -180,6 +180,11 @@ def embedding_refs(model: nn.Module) -> list[LayerRef]:
     return [LayerRef(name=name, block=None, role=EMBEDDING, shape=tuple(embedding.weight.shape))]
 
 
+def plannable_refs(model: nn.Module) -> list[LayerRef]:
+    """Every layer that a plan can name: what has a matmul, then the input embedding."""
+    return [*layer_refs(model), *embedding_refs(model)]
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks, in order."""
     return list(model.get_submodule(family_of(model).blocks).children())

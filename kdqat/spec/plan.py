@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-from kdqat.files import write_text
+from kdqat.files import read_json_as, write_json_as
 from kdqat.spec.layer_scheme import DeployOnly, KVCacheScheme, LayerScheme
 from kdqat.spec.parse import parse_kv_cache, parse_scheme, preset_name
 
@@ -120,8 +119,7 @@ class QuantPlan(Mapping[str, LayerScheme]):
 
     def save(self, path: Path) -> None:
         """Write JSON to `path` (a file, or a folder that gets `quant_plan.json`), whole or not at all."""
-        path = path / PLAN_FILE if path.is_dir() else path
-        write_text(path, json.dumps(self.to_json(), indent=1))
+        write_json_as(path, PLAN_FILE, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> QuantPlan:
@@ -130,10 +128,4 @@ class QuantPlan(Mapping[str, LayerScheme]):
         Raises:
             ValueError: if there is none, or it is not valid; the message names the file.
         """
-        path = path / PLAN_FILE if path.is_dir() else path
-        try:
-            return cls.from_json(json.loads(path.read_text()))
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; a plan is written by `kdqat quantize` and `fit`") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_json_as(path, PLAN_FILE, cls.from_json, "a plan is written by `kdqat quantize` and `fit`")

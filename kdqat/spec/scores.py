@@ -5,14 +5,13 @@ A file `scores.json` between the two, so that a measurement of hours serves many
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from kdqat.files import write_text
+from kdqat.files import read_json_as, write_json_as
 from kdqat.spec.layer_scheme import LayerScheme
 from kdqat.spec.parse import parse_scheme, preset_name
 
@@ -118,8 +117,7 @@ class Scores:
 
     def save(self, path: Path) -> None:
         """Write JSON to `path` (a file, or a folder that gets `scores.json`), whole or not at all."""
-        path = path / SCORES_FILE if path.is_dir() else path
-        write_text(path, json.dumps(self.to_json(), indent=1))
+        write_json_as(path, SCORES_FILE, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -128,13 +126,7 @@ class Scores:
         Raises:
             ValueError: if there are none, or they are not valid; the message names the file.
         """
-        path = path / SCORES_FILE if path.is_dir() else path
-        try:
-            return cls.from_json(json.loads(path.read_text()))
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; `kdqat score RECIPE` writes it") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_json_as(path, SCORES_FILE, cls.from_json, "`kdqat score RECIPE` writes it")
 
 
 def scheme_names(schemes: list[LayerScheme]) -> dict[str, LayerScheme]:

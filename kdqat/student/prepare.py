@@ -13,7 +13,7 @@ from torch import nn
 from kdqat.allocate import BitAllocator
 from kdqat.calibrate import BlockCall, Calibration, calibrate_ranges, needs_range, stream_blocks
 from kdqat.initializers import Initializer
-from kdqat.models import ModelSource, SplitModel, apply_kv_cache, block_prefix, blocks_of, embedding_refs, layer_refs
+from kdqat.models import ModelSource, SplitModel, apply_kv_cache, block_prefix, blocks_of, plannable_refs
 from kdqat.quant import (
     FakeQuantizer,
     QuantizedLayer,
@@ -56,7 +56,7 @@ def prepare_student(
     """
     split = split if split is not None else SplitModel(source.load_model())
     tokenizer = tokenizer if tokenizer is not None else source.load_tokenizer()
-    plan = allocator.allocate([*layer_refs(split.model), *embedding_refs(split.model)])
+    plan = allocator.allocate(plannable_refs(split.model))
     install_plan(split.model, plan, quantizer, activation_quantizer)
     coverage = measure_coverage(split.model, set(plan.ignored).__contains__)
     require_coverage(coverage)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kdqat.models import ModelSource, SplitModel, embedding_refs, layer_refs
+from kdqat.models import ModelSource, SplitModel, plannable_refs
 from kdqat.quant import Coverage, FakeQuantizer, LoraAdapter, MinMax, QuantizedLayer, fake_quant_layers
 from kdqat.spec import QuantPlan
 from kdqat.types import LayerRef
@@ -40,7 +40,7 @@ class Student:
     def refs(self) -> list[LayerRef]:
         """What its fake-quantized layers are for and where, input embeddings last."""
         layers = self.layers
-        return [ref for ref in (*layer_refs(self.model), *embedding_refs(self.model)) if ref.name in layers]
+        return [ref for ref in plannable_refs(self.model) if ref.name in layers]
 
     @property
     def adapters(self) -> dict[str, LoraAdapter]:
@@ -49,7 +49,7 @@ class Student:
 
     def summary(self) -> dict[str, Any]:
         """Bits and coverage, as plain data for the log, the run directory and the tables."""
-        refs = [*layer_refs(self.model), *embedding_refs(self.model)]
+        refs = plannable_refs(self.model)
         return {
             "layers": len(self.plan),
             "ignored": list(self.coverage.ignored),

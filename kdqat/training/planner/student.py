@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from kdqat.models import FrozenTeacher, SplitModel, blocks_of, embedding_refs, layer_refs
+from kdqat.models import FrozenTeacher, SplitModel, blocks_of, layer_refs, plannable_refs
 from kdqat.quant import FakeQuantExperts, FakeQuantizer, MinMax, measure_coverage
 from kdqat.student import Student
 from kdqat.student.prepare import install_plan
@@ -45,10 +45,7 @@ def meta_student(module: KDQATModule, callbacks: Sequence[L.Callback] = ()) -> S
     split = SplitModel(module.source.load_meta())
     if not split.family.causal:
         raise ValueError(f"model {module.source.path}: only causal language models can be trained, not encoders")
-    if module.student is not None:
-        plan = module.student.plan
-    else:
-        plan = module.allocator.allocate([*layer_refs(split.model), *embedding_refs(split.model)])
+    plan = module.student.plan if module.student else module.allocator.allocate(plannable_refs(split.model))
     install_plan(split.model, plan, module.quantizer, module.activation_quantizer)
     _looped_experts(split.model)
     if module.trainable == "scales":
