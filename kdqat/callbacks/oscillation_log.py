@@ -29,7 +29,8 @@ class OscillationLog(Observer):
     It looks at some rows of every weight. Memory on the device, of each weight looked at: 1 byte for the direction of
     its last flip; in a measured step two snapshots of 9 bytes, an int8 code among them (64 rows of all layers of
     Llama-2-7B are 80 million weights: 0.08 GB, and 1.4 GB during a measured step). Directions are not saved: after
-    a resume every weight's next flip counts as its first. First scales are saved.
+    a resume, and after a change of bits, every weight's next flip counts as its first. First scales are saved; scales
+    after a change of bits are compared to them too.
 
     Args:
         every_n_steps: optimizer steps between measurements, from step 0.
@@ -59,7 +60,8 @@ class OscillationLog(Observer):
         self._recorder: Any = None
         self._refs: list[LayerRef] = []
         self._before: tuple[int, list[GridRows]] | None = None
-        self._directions: dict[Any, Tensor] = {}  # of the last flip, -1 0 1, by GridRows.key
+        # by GridRows.key: directions of the last flips, -1 0 1, and the highest level of the grid they happened on
+        self._directions: dict[Any, tuple[Tensor, Tensor]] = {}
         self._first_scales: dict[str, Tensor] = {}  # by layer, on the CPU after a resume
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
@@ -104,9 +106,9 @@ class OscillationLog(Observer):
 
     def _measured(self, old: GridRows, new: GridRows) -> dict[str, Tensor]:
         direction = (new.codes.to(torch.int16) - old.codes).sign().to(torch.int8)
-        last = self._directions.get(old.key)
-        against = torch.zeros_like(direction) if last is None else direction * last
-        self._directions[old.key] = direction if last is None else torch.where(direction != 0, direction, last)
+        last = self._last_directions(old)
+        against = direction * last
+        self._directions[old.key] = torch.where(direction != 0, direction, last), old.high
         clipped = old.offset > 1 + 1e-4  # rounding errors of fp32 are no clipping
         near = ((1 - old.offset).abs() < 2 * self.threshold_share) & ~clipped  # an offset of 1 is half a step
         return {
@@ -116,6 +118,13 @@ class OscillationLog(Observer):
             "clipped": old.mean(clipped),
             "scale_drift": old.mean(self._drift(old)),
         }
+
+    def _last_directions(self, rows: GridRows) -> Tensor:
+        """[R, N, G]; 0 where no flip was seen since the bits are what they are: other bits have other thresholds."""
+        if rows.key not in self._directions:
+            return torch.zeros_like(rows.codes)
+        last, high = self._directions[rows.key]
+        return last * (high == rows.high)
 
     def _drift(self, rows: GridRows) -> Tensor:
         """|log2 of scale over first scale|, [R, N, 1]."""
