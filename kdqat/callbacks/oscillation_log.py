@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kdqat.callbacks.observed import check_numbers, chosen_layers, grid_of_step
-from kdqat.student import Student
-from kdqat.training.edits import Observer
+from kdqat.callbacks.arguments import check_numbers
+from kdqat.callbacks.observed import LayerObserver, grid_of_step
 from kdqat.training.grid import GridRows
-from kdqat.training.signals import recorder_of
-from kdqat.types import LayerRef
 
 
-class OscillationLog(Observer):
+class OscillationLog(LayerObserver):
     """Logs by layer: flipped (share of codes that one step changed), oscillating (share that flipped against the
     direction of their last recorded flip), near_threshold, clipped, and scale_drift (mean |log2 scale / first scale|).
 
@@ -55,10 +52,8 @@ class OscillationLog(Observer):
         check_numbers("OscillationLog", every_n_steps=every_n_steps, max_rows=max_rows)
         if not 0 < threshold_share <= 0.5:
             raise ValueError(f"OscillationLog: threshold_share lies in (0, 0.5], not {threshold_share}")
-        self.every_n_steps, self.threshold_share, self.max_rows = every_n_steps, threshold_share, max_rows
-        self.select: dict[str, Any] = {"roles": roles, "blocks": blocks, "layers": layers}
-        self._recorder: Any = None
-        self._refs: list[LayerRef] = []
+        super().__init__(every_n_steps=every_n_steps, roles=roles, blocks=blocks, layers=layers)
+        self.threshold_share, self.max_rows = threshold_share, max_rows
         self._before: tuple[int, list[GridRows]] | None = None
         # by GridRows.key: directions of the last flips, -1 0 1, and the highest level of the grid they happened on
         self._directions: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -67,21 +62,14 @@ class OscillationLog(Observer):
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         self._first_scales = {}  # of a run before; a checkpoint's come after this
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(every_n_steps=self.every_n_steps, **self.select)
-
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        self._recorder = recorder_of(trainer, "OscillationLog")
-        refs, layers = chosen_layers(module.student, "OscillationLog", **self.select), module.student.layers
-        self._refs = [ref for ref in refs if layers[ref.name].weight_fake_quantizer is not None]
-
-    def require_matches(self, student: Student) -> None:
-        chosen_layers(student, "OscillationLog", **self.select)
+        super().on_train_start(trainer, module)
+        layers = module.student.layers
+        self._refs = [ref for ref in self._refs if layers[ref.name].weight_fake_quantizer is not None]
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Optimizer) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        if self._due(trainer):
             rows = grid_of_step(self._recorder, "before", module, self._refs, self.max_rows)
             self._before = trainer.global_step, rows
 
