@@ -53,6 +53,7 @@ def quantize(
     initializer: Initializer | None = None,
     activation_quantizer: QuantizerFactory | None = None,
     calibration: Calibration | None = None,
+    device: str | torch.device | None = None,
 ) -> Student:
     """A fake-quantized student, ready to train, evaluate or export.
 
@@ -63,6 +64,7 @@ def quantize(
         initializer: of the scales; default MSEGrid.
         activation_quantizer: None: MinMax for dynamic ranges, LSQPlus for static ones.
         calibration: text for static activation ranges and for initializers that need it.
+        device: where each block is calibrated and initialized in its turn, as "cuda"; None: the CPU.
 
     Raises:
         ValueError: if the model cannot be had or the plan does not fit it.
@@ -76,6 +78,7 @@ def quantize(
         initializer if initializer is not None else MSEGrid(),
         activation_quantizer=activation_quantizer,
         calibration=calibration,
+        device=device,
     )
 
 

@@ -8,6 +8,7 @@ from kdqat.calibrate.ranges import calibrate_ranges, needs_range, set_range
 from kdqat.calibrate.statistics import AbsMax, AbsMean, Hessian, InputSample, Range
 from kdqat.calibrate.stream import stream_blocks
 from kdqat.calibrate.text import Calibration, calibration_batches
+from kdqat.calibrate.visit import visiting
 
 __all__ = [
     "AbsMax",
@@ -24,4 +25,5 @@ __all__ = [
     "needs_range",
     "set_range",
     "stream_blocks",
+    "visiting",
 ]

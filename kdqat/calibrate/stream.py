@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdqat.calibrate.block_call import BlockCall, calibrating, hidden_of
 from kdqat.calibrate.capture import Captured, capture, on_device
+from kdqat.calibrate.visit import visiting
 from kdqat.models import SplitModel, block_prefix, blocks_of
 from kdqat.types import Batch
 
@@ -29,6 +30,7 @@ def stream_blocks(
     sequential: bool = False,
     store: torch.device | str = "cpu",
     max_tokens: int | None = None,
+    device: torch.device | str | None = None,
 ) -> Generator[BlockCall, None, None]:
     """Every block of the model in order, and at last what lies outside the blocks (`lm_head`), ready to be run.
 
@@ -43,6 +45,7 @@ def stream_blocks(
             during this loop included. False: fake quantization is off, so that blocks get full-precision inputs.
         store: where hidden states, masks and tables wait.
         max_tokens: take no further batch once there are so many tokens; None: take all.
+        device: where a block computes in its turn; None: where it is. What lies outside of blocks stays where it is.
 
     Yields:
         BlockCall, good until the next one is asked for.
@@ -51,22 +54,24 @@ def stream_blocks(
         ValueError: for text without tokens, or a model whose blocks are not called once each, in order.
     """
     captured = capture(split, batches, sequential=sequential, store=torch.device(store), max_tokens=max_tokens)
-    hidden, num_blocks = captured.hidden, len(blocks_of(split.model))
+    blocks = list(blocks_of(split.model))
+    hidden, num_blocks = captured.hidden, len(blocks)
     captured.hidden = []
     console = Console(stderr=True)
     steps = range(num_blocks + 1)
     for i in track(steps, "calibrating", console=console, transient=True, disable=not console.is_terminal):
         call: BlockCall
-        if i < num_blocks:
-            call = _Block(i, split, captured, hidden, sequential=sequential)
-        else:
-            call = _Outside(split, captured, sequential=sequential)
-        call.family = split.family
-        try:
-            yield call
-            hidden = call.advance() if isinstance(call, _Block) and i < num_blocks - 1 else []
-        finally:
-            call.end()
+        with visiting(blocks[i : i + 1], device):
+            if i < num_blocks:
+                call = _Block(i, split, captured, hidden, sequential=sequential)
+            else:
+                call = _Outside(split, captured, sequential=sequential)
+            call.family = split.family
+            try:
+                yield call
+                hidden = call.advance() if isinstance(call, _Block) and i < num_blocks - 1 else []
+            finally:
+                call.end()
 
 
 class _Block(BlockCall):

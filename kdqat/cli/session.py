@@ -70,10 +70,12 @@ def measure_rtn(recipe: Recipe, untrained: Student | None) -> dict[str, dict[str
     stored = recipe.run.read_json("baseline.json")
     if stored is not None and stored["key"] == key:
         return stored["rtn"]
+    device = device_of(recipe.trainer.get("accelerator"))
     if untrained is None:
         plan = FromFile(str(student_folder(recipe.run)))
-        untrained = prepare_student(recipe.model.source, plan, MinMax, RTN(), calibration=recipe.model.calibration)
-    device = device_of(recipe.trainer.get("accelerator"))
+        untrained = prepare_student(
+            recipe.model.source, plan, MinMax, RTN(), calibration=recipe.model.calibration, device=device
+        )
     with as_rtn(untrained) as rtn:
         numbers = api.evaluate(rtn, recipe.evaluators, teacher_of(recipe), device=device, name="RTN")
     recipe.run.write_json("baseline.json", {"key": key, "rtn": numbers})
@@ -124,9 +126,11 @@ def student_folder(run: RunDir) -> Path:
 
 
 def device_of(accelerator: str | None) -> torch.device:
-    """Where evaluation computes: the CPU if the recipe says so or there is nothing else."""
-    wants_cpu = accelerator == "cpu" or not torch.cuda.is_available()
-    return torch.device("cpu" if wants_cpu else "cuda")
+    """Where preparing and evaluation compute: the CPU if the recipe says so or there is nothing else; one GPU for each
+    process that Lightning has started."""
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def first_process() -> bool:

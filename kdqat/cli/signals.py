@@ -18,9 +18,9 @@ def signals(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     if options.num_tokens < 2:
         raise ValueError(f"--num_tokens must be at least 2, not {options.num_tokens}: the gradients need a next token")
     recipe = begin("signals", options, overrides)
-    folder = next((folder for folder in (recipe.run.student, recipe.run.prepared) if folder.is_dir()), None)
-    student = recipe.model.prepare() if folder is None else load_student(folder)
     device = device_of(recipe.trainer.get("accelerator"))
+    folder = next((folder for folder in (recipe.run.student, recipe.run.prepared) if folder.is_dir()), None)
+    student = recipe.model.prepare(device=device) if folder is None else load_student(folder)
     teacher = teacher_of(recipe).judge()
     rows = api.signals(student, teacher, options.text, num_rows=options.num_rows, num_tokens=options.num_tokens,
                        device=device)  # fmt: skip

@@ -45,7 +45,7 @@ __all__ = ["cache", "eval", "export", "fit", "generate", "quantize", "score", "s
 def quantize(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Prepare a student and save it to prepared/."""
     recipe = begin("quantize", options, overrides)
-    student = recipe.model.prepare()
+    student = recipe.model.prepare(device=device_of(recipe.trainer.get("accelerator")))
     start("quantize", recipe, options)
     save(student, recipe.run.prepared)
     write_allocation(recipe, student)
@@ -67,7 +67,7 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     prepared = recipe.run.prepared if recipe.run.prepared.is_dir() else None
     if prepared is None:  # now, not after a method that takes hours
         _require_matches(recipe, trainer.callbacks)  # type: ignore[attr-defined]
-    student = recipe.model.build(prepared)
+    student = recipe.model.build(prepared, device_of(recipe.trainer.get("accelerator")))
     if prepared is not None:  # the plan is the one that lies there
         _require_matches(recipe, trainer.callbacks)  # type: ignore[attr-defined]
     for exporter in recipe.exporters:  # now, not after hours of training

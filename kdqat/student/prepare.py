@@ -8,10 +8,11 @@ from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
+import torch
 from torch import nn
 
 from kdqat.allocate import BitAllocator
-from kdqat.calibrate import BlockCall, Calibration, calibrate_ranges, needs_range, stream_blocks
+from kdqat.calibrate import BlockCall, Calibration, calibrate_ranges, needs_range, stream_blocks, visiting
 from kdqat.initializers import Initializer
 from kdqat.models import ModelSource, SplitModel, apply_kv_cache, block_prefix, blocks_of, plannable_refs
 from kdqat.quant import (
@@ -42,6 +43,7 @@ def prepare_student(
     calibration: Calibration | None = None,
     split: SplitModel | None = None,
     tokenizer: Any = None,
+    device: torch.device | str | None = None,
 ) -> Student:
     """Load, plan, swap, calibrate, initialize.
 
@@ -49,6 +51,7 @@ def prepare_student(
         activation_quantizer: of inputs and outputs; None: MinMax for dynamic ranges, LSQPlus for static ones.
         calibration: text for an initializer that needs it, and for static activation ranges.
         split, tokenizer: the model and tokenizer of `source`, where they are loaded already; the model is changed.
+        device: where a block is calibrated and initialized in its turn, the model staying where it is; None: there.
 
     Raises:
         ValueError: if the model cannot be had, the plan does not fit, matmul weights would be left out unasked, or
@@ -71,11 +74,12 @@ def prepare_student(
         log.info("activations keep a global scale of 1; model.calibration sets it on text, as engines store it")
     calls: Iterable[BlockCall | None] = repeat(None)
     if calibration is not None and (needed or ranges):
-        calls = stream_blocks(split, calibration.batches(tokenizer), sequential=initializer.sequential)
+        calls = stream_blocks(split, calibration.batches(tokenizer), sequential=initializer.sequential, device=device)
     for view in block_views(split.model, calls):
         if view.call is not None and calibration is not None:
             calibrate_ranges(view.call, view.layers, method=calibration.ranges, max_tokens=calibration.max_tokens)
-        initializer.initialize(view)
+        with visiting(_modules(split.model, view), device if view.call is None else None):
+            initializer.initialize(view)
     plan = replace(plan, layers={name: _as_built(layer, plan[name]) for name, layer in _planned(split.model, plan)})
     student = Student(split, tokenizer, source, plan, coverage)
     bits = student.summary()["average_bits"]
@@ -107,6 +111,13 @@ def block_views(model: nn.Module, calls: Iterable[BlockCall | None]) -> Iterator
     for (index, layers), call in zip(views.items(), calls, strict=False):
         if layers or call is not None:
             yield BlockView(index, layers, call)
+
+
+def _modules(model: nn.Module, view: BlockView) -> list[nn.Module]:
+    """What holds the view's layers: its block, or the layers themselves."""
+    if view.index is not None:
+        return [blocks_of(model)[view.index]]
+    return [layer for layer in view.layers.values() if isinstance(layer, nn.Module)]
 
 
 def _activation_quantizers(model: nn.Module) -> list[FakeQuantizer]:

@@ -129,14 +129,14 @@ class KDQATModule(L.LightningModule):
         """Take `student` as the one to train."""
         self.student, self.split = student, student.split
 
-    def build(self, saved: Path | None = None) -> Student:
+    def build(self, saved: Path | None = None, device: torch.device | None = None) -> Student:
         """Make teacher and student, once.
 
         Args:
-            saved: a folder written by `save_student` to start from; None: prepare from the source.
+            saved: a folder written by `save_student` to start from; None: prepare from the source, on `device`.
         """
         if self.student is None:
-            student = self.prepare(self.teacher) if saved is None else self.load(saved)
+            student = self.prepare(self.teacher, device) if saved is None else self.load(saved)
             self.adopt(student)
         assert self.student is not None and self.split is not None
         if not self.split.family.causal:
@@ -147,8 +147,9 @@ class KDQATModule(L.LightningModule):
             self._frozen += freeze_all_but_scales(self.split)
         return self.student
 
-    def prepare(self, teacher: Teacher | None = None) -> Student:
-        """A new student from the source; `teacher` is made from the same load, before the plan is applied."""
+    def prepare(self, teacher: Teacher | None = None, device: torch.device | None = None) -> Student:
+        """A new student from the source, block by block on `device` (None: the CPU); `teacher` is made from the same
+        load, before the plan is applied."""
         split, tokenizer = SplitModel(self.source.load_model()), self.source.load_tokenizer()
         if teacher is not None:
             teacher.prepare(self.source, split, tokenizer, pristine=True)
@@ -161,6 +162,7 @@ class KDQATModule(L.LightningModule):
             calibration=self.calibration,
             split=split,
             tokenizer=tokenizer,
+            device=device,
         )
 
     def load(self, folder: Path) -> Student:
@@ -168,7 +170,8 @@ class KDQATModule(L.LightningModule):
         return load_student(folder, self.quantizer, self.activation_quantizer)
 
     def configure_model(self) -> None:
-        self.build()
+        root = self.trainer.strategy.root_device
+        self.build(device=root if root.type == "cuda" else None)
         if self._configured:
             return
         assert self.split is not None
@@ -185,13 +188,12 @@ class KDQATModule(L.LightningModule):
         mesh = self.device_mesh if self.trainer.strategy.__class__.__name__ == "ModelParallelStrategy" else None
         shard = self.parallel.apply(self.split, mesh)
         if self.teacher is not None:
-            self.teacher.place(self.trainer.strategy.root_device, shard)
+            self.teacher.place(root, shard)
         if self.loss is not None and self.parallel.compile_blocks:
             self.loss.compile_chunks()
-        device = self.trainer.strategy.root_device
-        if device.type == "cuda" and self.teacher is not None and not self.teacher.shares_weights and shard is None:
-            self._side = SideStream(device)
-        log.info(describe_ways(self.split, device))
+        if root.type == "cuda" and self.teacher is not None and not self.teacher.shares_weights and shard is None:
+            self._side = SideStream(root)
+        log.info(describe_ways(self.split, root))
         self._configured = True
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
