@@ -7,10 +7,10 @@ MODEL is a .gguf or a Hugging Face folder. Perplexity and KL to full precision o
 WikiText-2 (0: all), with 0, STEP, 2 STEP ... blocks moved from 4 to 2 bits and from 8 to 4, for orderings by LIM, ZD
 and OutputKL (leave-one-in on C4, weights by RTN), these three reversed, 5 random ones, and `knapsack`: the layers'
 schemes with the least sum of OutputKL costs at the bytes of the same number of blocks. BACKEND is a class of
-kdqat.initializers (default: RTN, GPTQ, QuantoMax, as far as they are there). Blocks are quantized once for each backend
+kdqat.initializers (default: RTN, GPTQ, QuantoMax). Blocks are quantized once for each backend
 and width and then swapped, so GPTQ sees full-precision inputs (sequential off): its Hessians do not depend on the other
-blocks' bits. A run computes only from the first changed block on. Rows append to OUT_DIR/curve.jsonl; those that are
-there already are not measured again.
+blocks' bits. A run computes only from the first changed block on. Rows append to OUT_DIR/curve.jsonl, scores lie in
+OUT_DIR/scores; what is there already is not measured again. No BACKEND but `none`: scores alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kdqat.allocate import BitAllocator, Knapsack
 from kdqat.calibrate.block_call import hidden_of
 from kdqat.calibrate.capture import capture
 from kdqat.data import windows
-from kdqat.importance import LIM, ZD, OutputKL
+from kdqat.importance import LIM, ZD, ImportanceScorer, OutputKL
 from kdqat.importance.tail import Tail
 from kdqat.metrics import perplexity, token_kl, token_nll
 from kdqat.models import ModelSource, SplitModel, blocks_of, layer_refs
@@ -169,18 +169,25 @@ def main(path: str, data_dir: str, out_dir: str, num_windows: str, step: str, *n
     ids = windows(str(folder / "wikitext2_raw_test.txt"), tokenizer, seq_len, protocol="wikitext2",
                   limit=int(num_windows) or None)  # fmt: skip
     curve = Curve(copy.deepcopy(original), ids, batch_size=8)
-    blocks = {name: LIM().score(original, refs, text) for name in ("LIM",)}
-    blocks["ZD"] = ZD().score(original, refs)
+
+    def scored(label: str, scorer: ImportanceScorer) -> Scores:
+        where = out / "scores" / f"{label}.json"
+        if not where.is_file():
+            started = time.monotonic()
+            where.parent.mkdir(exist_ok=True)
+            scorer.score(original, refs, text).save(where)
+            print(f"{label}: scored in {time.monotonic() - started:.0f} s", flush=True)
+        return Scores.load(where)
+
+    blocks = {"LIM": scored("LIM", LIM()), "ZD": scored("ZD", ZD())}
     measured = {}
     width = math.gcd(*(ref.shape[1] for ref in refs))
     for pair in PAIRS:
-        started = time.monotonic()
         schemes = [scheme("RTN", bits, width) for bits in pair]  # of all costs, whatever the backend
-        by_block = {**blocks, "OutputKL": OutputKL(schemes, start="rtn").score(original, refs, text)}
-        by_layer = OutputKL(schemes, start="rtn", unit="layer").score(original, refs, text)
-        measured[pair] = schemes, by_block, by_layer
-        print(f"{pair[0]} to {pair[1]}: scored in {time.monotonic() - started:.0f} s", flush=True)
-    for backend in names or [name for name in BACKENDS if hasattr(initializers, name)]:
+        label = f"OutputKL-{pair[0]}-{pair[1]}"
+        by_block = {**blocks, "OutputKL": scored(f"{label}-block", OutputKL(schemes, start="rtn"))}
+        measured[pair] = schemes, by_block, scored(f"{label}-layer", OutputKL(schemes, start="rtn", unit="layer"))
+    for backend in [name for name in names if name != "none"] if names else BACKENDS:
         started = time.monotonic()
         weights = quantized_weights(original, source, tokenizer, backend, folder)
         print(f"{backend}: quantized in {time.monotonic() - started:.0f} s", flush=True)
