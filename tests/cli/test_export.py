@@ -44,7 +44,7 @@ def test_fit_ends_with_an_export_that_is_proved_and_described(finished: Path) ->
     assert row in text and "| kdqat:prose | RTN |" in text and "| kdqat:prose | teacher |" in text
     assert "2 steps on kdqat:prose, 2 rows of 32 tokens each: 128 tokens" in text
     assert "4.50 bits a weight" in text and "| 14 | W4A16_G32 |" in text
-    assert "class_path: kdqat.losses" in text and 'from_pretrained("dequantized")' in text
+    assert "class_path: kdqat.ForwardKL" in text and 'from_pretrained("dequantized")' in text
 
 
 def test_words_name_formats_beside_the_recipes_and_elsewhere(finished: Path, tmp_path: Path) -> None:
@@ -111,11 +111,12 @@ def test_no_verify_skips_the_gate_and_the_folder_says_so(finished: Path, tmp_pat
 
 
 def test_the_reader_is_a_process_of_its_own(finished: Path, tmp_path: Path) -> None:
-    options = ("export", "run", "--format", "dequantized", "--out", str(tmp_path))
-    done = server().run(finished, *options, READER_ALONE="1")
+    shutil.copytree(finished / "run" / "student", tmp_path / "mine")
+    options = ("export", "mine", "--format", "dequantized", "--out", "out")
+    done = server().run(tmp_path, *options, READER_ALONE="1")
     assert done.code == 0, done.err
-    assert {"python", "torch", "transformers"} <= set(parity(tmp_path / "dequantized")["versions"])
-    assert [path.name for path in tmp_path.iterdir()] == ["dequantized"]  # request and answer are gone
+    assert {"python", "torch", "transformers"} <= set(parity(tmp_path / "out" / "dequantized")["versions"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dequantized"]  # request and answer are gone
 
 
 def refuse() -> None:
