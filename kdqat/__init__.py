@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize", "signals"),
-    "kdqat.allocate": ("BitAllocator", "ByImportance", "FromFile", "Knapsack", "Uniform"),
+    "kdqat.allocate": ("BitAllocator", "ByImportance", "FromCheckpoint", "FromFile", "Knapsack", "Uniform"),
     "kdqat.callbacks": (
         "BlockProgressive",
         "Divergence",
@@ -29,7 +29,7 @@ _PUBLIC = {
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
     "kdqat.calibrate": ("Calibration",),
     "kdqat.evaluators": ("EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement"),
-    "kdqat.exporters": ("DequantizedHF", "Exporter"),
+    "kdqat.exporters": ("AWQ", "GPTQ", "CompressedTensors", "DequantizedHF", "Exporter"),
     "kdqat.importance": (
         "LIM",
         "ZD",
@@ -40,7 +40,7 @@ _PUBLIC = {
         "OutputKL",
         "WeightSQNR",
     ),
-    "kdqat.initializers": ("FPQ", "RTN", "Initializer", "MSEGrid"),
+    "kdqat.initializers": ("FPQ", "RTN", "Initializer", "MSEGrid", "StoredScales"),
     "kdqat.losses": (
         "CAKLD",
         "TVD",

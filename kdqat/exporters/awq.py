@@ -33,6 +33,10 @@ class AWQ(Exporter):
         "transformers": "AutoModelForCausalLM.from_pretrained('{folder}')  # pip install gptqmodel",
     }
 
+    @property
+    def compute_dtype(self) -> str:
+        return "float16"
+
     def refuses(self, student: Student) -> str | None:
         if lost := activations_of(student.plan):
             return f"AWQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from kdqat.models.source import Dtype
 from kdqat.quant import FakeQuantizer, QuantizedLayer
 from kdqat.quant.kv import kv_caches
 from kdqat.quant.layouts import fp4, pack_quantized
-from kdqat.spec import KVCacheScheme, LayerScheme, QuantPlan
+from kdqat.spec import KVCacheScheme, LayerScheme
 from kdqat.student import Student
 
 log = logging.getLogger(__name__)
@@ -34,21 +34,31 @@ class CompressedTensors(Exporter):
     """Packed integers (W4A16, W8A16 ..., symmetric or not), int8 with int8 activations, NVFP4 and MXFP4.
 
     Args:
-        dtype: of what is not quantized, and the folder's own; "auto": that of the scales (bfloat16 for FP4), in which
-            engines compute. In float32 a reader's logits are the student's, bit for bit.
+        dtype: of what is not quantized, and the folder's own, in which engines hold scales and compute. It must be that
+            of the scales, or float32, in which a reader's logits are the student's bit for bit.
     """
 
     name: ClassVar[str] = "compressed-tensors"
+    words: ClassVar[dict[str, dict[str, Any]]] = {
+        "compressed-tensors": {},
+        "compressed-tensors:bfloat16": {"dtype": "bfloat16"},
+        "compressed-tensors:float32": {"dtype": "float32"},
+    }
     reader: ClassVar[str] = "compressed_tensors_reader.py"
-    applies_activations: ClassVar[bool] = True
     serving: ClassVar[dict[str, str]] = {
         "vLLM": "vllm serve {folder}",
         "SGLang": "python -m sglang.launch_server --model-path {folder}",
         "transformers": "AutoModelForCausalLM.from_pretrained('{folder}')  # pip install compressed-tensors",
     }
 
-    def __init__(self, *, dtype: Literal["auto"] | Dtype = "auto") -> None:
-        self.dtype = dtype
+    def __init__(self, *, dtype: Dtype = "float16") -> None:
+        if dtype not in get_args(Dtype):
+            raise ValueError(f"dtype {dtype!r} is unknown: use {', '.join(get_args(Dtype))}")
+        self.dtype: Dtype = dtype
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.dtype
 
     def reader_missing(self) -> str | None:
         if find_spec("compressed_tensors") is not None:
@@ -65,9 +75,16 @@ class CompressedTensors(Exporter):
                 return f"{name}: compressed-tensors cannot hold it: {error}"
             if group.format in (NVFP4, MXFP4) and layer.matrix_shape[1] % 2:
                 return f"{name}: FP4 packs two inputs to a byte, and it has {layer.matrix_shape[1]}; use W4A16"
-        dtypes = scale_dtypes(student.plan)
-        if len(dtypes) > 1:
-            return f"scales in {' and '.join(sorted(dtypes))}: a folder is served in one dtype; use one scale_dtype"
+            spec = student.plan[name].weight
+            if (
+                spec is not None
+                and spec.scale_dtype in get_args(Dtype)
+                and self.dtype not in (spec.scale_dtype, "float32")
+            ):
+                return (
+                    f"{name}: its scales are {spec.scale_dtype}, and a folder in {self.dtype} has them rounded when it is "
+                    f"loaded; use CompressedTensors with dtype {spec.scale_dtype}, or scale_dtype: {self.dtype}"
+                )
         return _refuses_kv_cache(student.plan.kv_cache)
 
     @torch.no_grad()
@@ -85,22 +102,10 @@ class CompressedTensors(Exporter):
             student,
             out_dir,
             quantized,
-            dtype=getattr(torch, self.dtype if self.dtype != "auto" else model_dtype(student.plan)),
+            dtype=getattr(torch, self.dtype),
             quantization_config=_config(student, groups),
             extra=_kv_tensors(student),
         )
-
-
-def scale_dtypes(plan: QuantPlan) -> set[str]:
-    """The 16-bit dtypes of packed integers' scales: what an engine loads them in is the model's own dtype."""
-    weights = [scheme.weight for scheme in plan.values() if scheme.weight is not None and scheme.activation is None]
-    return {spec.scale_dtype for spec in weights if spec.scale_dtype in ("float16", "bfloat16")}
-
-
-def model_dtype(plan: QuantPlan) -> str:
-    """The dtype that loses no scale: that of packed integers, else of the others that are plain, else bfloat16."""
-    plain = [s.weight.scale_dtype for s in plan.values() if s.weight is not None and s.weight.number.kind == "integer"]
-    return next(iter(sorted(scale_dtypes(plan)) or plain), "bfloat16")
 
 
 def _weight_tensors(layer: QuantizedLayer, scheme: LayerScheme, group: Group) -> dict[str, Tensor]:
@@ -148,13 +153,13 @@ def _input_tensors(layer: QuantizedLayer, group: Group) -> dict[str, Tensor]:
 
 def _config(student: Student, groups: dict[Group, list[str]]) -> dict[str, Any]:
     formats = {group.format for group in groups}
-    only = len(groups) == 1
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": group.to_json(["Linear"] if only else names) for i, (group, names) in enumerate(groups.items())
+            f"group_{i}": group.to_json(["Linear"] if only else names)
+            for i, (group, names) in enumerate(groups.items())
         },
         "ignore": list(linears_left(student)),
         "kv_cache_scheme": _kv_config(student.plan.kv_cache),
@@ -167,7 +172,11 @@ def _refuses_kv_cache(scheme: KVCacheScheme | None) -> str | None:
     if scheme is None:
         return None
     spec = scheme.key
-    if spec is None or spec != scheme.value or (spec.format, spec.granularity, spec.dynamic) != ("e4m3", "tensor", False):
+    if (
+        spec is None
+        or spec != scheme.value
+        or (spec.format, spec.granularity, spec.dynamic) != ("e4m3", "tensor", False)
+    ):
         return "kv_cache: engines cache e4m3 with one static scale; use kv_cache: KV_FP8, or leave it to the engine"
     return None
 
@@ -200,7 +209,7 @@ def _warn(student: Student, groups: dict[Group, list[str]]) -> None:
             log.warning("%s: vLLM serves 4 and 8 bits of pack-quantized; %d bits are for transformers", names[0], bits)
         if group.format == NVFP4:
             log.warning(
-                "%s: vLLM runs q, k and v (gate and up) under the largest of their global scales, so that scales change "
+                "%s: vLLM runs q, k and v (gate and up) under the largest of their global scales, which changes scales "
                 "where these differ; transformers reads each as it is",
                 names[0],
             )

@@ -52,7 +52,7 @@ def group_of(scheme: LayerScheme) -> Group:
     arguments = _integer_weight(weight)
     if inputs is None:
         if weight.scale_dtype == "float32":
-            raise ValueError("engines hold scales of packed weights in 16 bits; use scale_dtype: float16, as W4A16 does")
+            raise ValueError("engines hold scales of packed weights in 16 bits; use scale_dtype: float16 (W4A16)")
         return Group(PACK, arguments, None)
     if weight.zero_point != "none":
         raise ValueError("with quantized activations weights are symmetric; use W8A8 or W4A8")
@@ -81,7 +81,7 @@ def _integer_input(spec: QuantSpec) -> tuple[tuple[str, Any], ...]:
 def _fp4(weight: QuantSpec, inputs: QuantSpec | None) -> Group:
     form = _FP4.get((weight.group_size or 0, weight.scale_dtype))
     if weight.format != "e2m1" or form is None:
-        raise ValueError(f"format {weight.format} with scales {weight.scale_dtype} has no place in it; use NVFP4 or MXFP4")
+        raise ValueError(f"{weight.format} with scales in {weight.scale_dtype} has no place in it; use NVFP4 or MXFP4")
     scale = "torch.float8_e4m3fn" if form == NVFP4 else "torch.uint8"
     strategy = "tensor_group" if form == NVFP4 else "group"
     arguments = _arguments(4, "float", strategy, weight.group_size, True, dynamic=False)

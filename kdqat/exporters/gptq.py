@@ -53,6 +53,10 @@ class GPTQ(Exporter):
     def name(self) -> str:  # type: ignore[override]
         return self.format.replace("_", "-")
 
+    @property
+    def compute_dtype(self) -> str:
+        return "float16"
+
     def refuses(self, student: Student) -> str | None:
         if lost := activations_of(student.plan):
             return f"GPTQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
@@ -69,7 +73,7 @@ class GPTQ(Exporter):
         if reason := refuses_integers(spec, _BITS, "GPTQ"):
             return reason
         if self.format == "gptq" and not spec.symmetric:
-            return "GPTQ version 1 stores zero point - 1 and has no zero point of 0; use format gptq_v2, or GPTQ_4BIT_G128"
+            return "GPTQ version 1 stores zero point - 1 and has no 0; use format gptq_v2, or GPTQ_4BIT_G128"
         return None
 
     @torch.no_grad()

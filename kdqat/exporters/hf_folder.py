@@ -66,7 +66,7 @@ def refuses_layer(name: str, layer: QuantizedLayer) -> str | None:
     """Why formats for linear layers cannot hold this one at all; None if they can."""
     if not isinstance(layer, FakeQuantLinear):
         kind = type(layer).__name__.removeprefix("FakeQuant")
-        return f"{name}: it is a {kind}, and this format holds nn.Linear; leave it out of the plan, or use DequantizedHF"
+        return f"{name}: this format holds nn.Linear and no {kind}; leave it out of the plan, or use DequantizedHF"
     if layer.weight_fake_quantizer is None:
         return f"{name}: its weight stays in full precision; leave the layer out of the plan, or use DequantizedHF"
     if layer.adapter is not None and layer.adapter.placement == "outside":
@@ -94,9 +94,8 @@ def linears_left(student: Student) -> Iterator[str]:
             yield name
     for name in student.plan.ignored:
         owner, _, last = name.rpartition(".")
-        if last in FUSED or last == "down_proj":
-            if owner.endswith("experts") and last == "down_proj":
-                yield owner  # fused experts: engines know them by their module
+        if last == "down_proj" and owner.endswith("experts"):
+            yield owner  # fused experts: engines know them by their module
 
 
 def split_families(student: Student) -> list[str]:

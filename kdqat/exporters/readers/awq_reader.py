@@ -5,8 +5,9 @@
 No library that loads AWQ installs beside a CPU build of torch, so this follows AutoAWQ's layout: `qweight` [I, O / 8]
 and `qzeros` [N, O / 8] hold eight outputs in a word of eight nibbles; the nibbles from the lowest up belong to outputs
 0, 2, 4, 6, 1, 3, 5, 7; `scales` [N, O]. REQUEST holds input_ids [B, T] (and attention_mask); ANSWER gets `logits`
-(`hidden` without a head), `codes/NAME` [O, I] and `zero_points/NAME` [O, N], unsigned, `scales/NAME` and
-`weights/NAME`, fp32. A layer whose zero points are all 8 is symmetric: its codes are signed and its zero points 0.
+(`hidden` without a head), `codes/NAME` [O, I] and `zero_points/NAME` [O, N], unsigned, `scales/NAME`, and
+`weights/NAME` in fp16, as engines hold them; the model computes with these in fp32. A layer whose zero points are all 8
+is symmetric: its codes are signed and its zero points 0.
 """
 
 import json
@@ -40,7 +41,7 @@ def main(folder, request, answer):
         codes, zeros = (unpack(tensors.pop(f"{name}.{key}")) for key in ("qweight", "qzeros"))
         scales = tensors.pop(f"{name}.scales").astype(np.float32)
         group = np.arange(len(codes)) // (len(codes) if config["group_size"] == -1 else config["group_size"])
-        weight = scales[group] * (codes - zeros[group]).astype(np.float32)
+        weight = (scales[group] * (codes - zeros[group]).astype(np.float32)).astype(np.float16)
         tensors[f"{name}.weight"] = np.ascontiguousarray(weight.T)
         shift = 8 if (zeros == 8).all() else 0
         found[f"codes/{name}"], found[f"zero_points/{name}"] = codes.T - shift, zeros.T - shift

@@ -3,8 +3,9 @@
     python -I compressed_tensors_reader.py FOLDER REQUEST.safetensors ANSWER.safetensors
 
 REQUEST holds input_ids [B, T] (and attention_mask); ANSWER gets `logits` (`hidden` without a head), and of every
-quantized layer NAME: `codes/NAME` [O, I], `scales/NAME` and `zero_points/NAME` [O, N], `weights/NAME` in the dtype in
-which compressed-tensors dequantized it (bfloat16 for FP4).
+quantized layer NAME: `codes/NAME` [O, I], `scales/NAME` and `zero_points/NAME` [O, N], `weights/NAME` in the folder's
+dtype, with which the model then computes in fp32. FP4, which compressed-tensors would decompress to bfloat16, goes
+through its `dequantize` in fp32. Activations stay in full precision: how a live range is taken is the engine's affair.
 
 The model is what plain `from_pretrained` gives. transformers 5.23 fails there on asymmetric folders (it expects zero
 points that are not packed); of these, each layer goes through compressed-tensors' own decompression and then into the
@@ -21,6 +22,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from safetensors.torch import load_file, save_file
 
 FP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -37,7 +39,7 @@ def read_codes(own, args):
         if scale.dtype == torch.uint8:
             return codes, torch.ldexp(torch.ones(scale.shape), scale.int() - 127), None
         return codes, scale.float() / own["weight_global_scale"], None
-    codes = own["weight"] if "weight" in own else None
+    codes = own.get("weight")
     if codes is None:
         codes = unpack_from_int32(own["weight_packed"], args.num_bits, torch.Size(own["weight_shape"].tolist()))
     if args.symmetric:
@@ -48,14 +50,27 @@ def read_codes(own, args):
 
 
 def plain_load(folder, kind, layers):
-    """The model of `from_pretrained`, decompressed as its first call would; the dequantized weights as they came."""
+    """The model of `from_pretrained`, decompressed as its first call would, and its dequantized weights."""
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     model.hf_quantizer.compressor.decompress_model(model)
-    modules = {name: model.get_submodule(name) for name in layers}
-    weights = {name: module.weight.detach().clone() for name, module in modules.items()}
-    for name, module in modules.items():
-        module.weight.data = weights[name].float()
+    weights = {}
+    for name, (own, scheme, _) in layers.items():
+        module = model.get_submodule(name)
+        module.quantization_enabled = False  # of the activations
+        weights[name] = module.weight.detach()
+        if scheme.weights.type == "float":
+            weights[name] = dequantize_fp4(own, scheme.weights)
     return model, weights
+
+
+def dequantize_fp4(own, args):
+    rows, half = own["weight_packed"].shape
+    values, scale = (
+        unpack_fp4_from_uint8(own["weight_packed"], rows, 2 * half, dtype=torch.float32),
+        own["weight_scale"],
+    )
+    scale = torch.ldexp(torch.ones(scale.shape), scale.int() - 127) if scale.dtype == torch.uint8 else scale.float()
+    return dequantize(values, scale, args=args, dtype=torch.float32, global_scale=own.get("weight_global_scale"))
 
 
 def load_by_layer(kind, config, tensors, layers):
@@ -66,7 +81,7 @@ def load_by_layer(kind, config, tensors, layers):
         own = {key: value.float() if key == "weight_scale" else value for key, value in own.items()}
         weights[name] = BaseCompressor.get_value_from_registry(form).decompress(own, scheme)["weight"]
         state = {key: value for key, value in state.items() if key.rpartition(".")[0] != name or key.endswith(".bias")}
-        state[f"{name}.weight"] = weights[name].float()
+        state[f"{name}.weight"] = weights[name]
     model = kind(config).float().eval()
     missing, unexpected = model.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
     model.tie_weights()
@@ -92,12 +107,14 @@ def main(folder, request, answer):
         if zero_point is not None:
             found[f"zero_points/{name}"] = zero_point
     assert layers, "no quantized layer was read"
-    kind = getattr(transformers, config.architectures[0])
+    kind, dtype = getattr(transformers, config.architectures[0]), config.dtype
     if all(group.weights.symmetric for group in groups):
         model, weights = plain_load(folder, kind, layers)
     else:
         model, weights = load_by_layer(kind, config, tensors, layers)
-    found |= {f"weights/{name}": weight for name, weight in weights.items()}
+    for name, weight in weights.items():
+        found[f"weights/{name}"] = weight.to(dtype)
+        model.get_submodule(name).weight.data = weight.to(dtype).float()
     output = model(**request)
     found["logits" if "logits" in output else "hidden"] = output[0].float()
     save_file({key: value.clone().contiguous() for key, value in found.items()}, answer)

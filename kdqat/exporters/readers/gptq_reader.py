@@ -6,7 +6,8 @@ No library that loads GPTQ installs beside a CPU build of torch, so this follows
 row of `qweight` holds 32 / b inputs (for 3 bits, three rows hold 32), the lowest bits first, `qzeros` the outputs
 likewise, `g_idx` the group of each input; version 1 stores zero - 1. REQUEST holds input_ids [B, T] (and
 attention_mask); ANSWER gets `logits` (`hidden` without a head), `codes/NAME` [O, I] (signed where the layer is
-symmetric), `scales/NAME`, `zero_points/NAME` [O, N] (0 where symmetric) and `weights/NAME`, fp32.
+symmetric), `scales/NAME`, `zero_points/NAME` [O, N] (0 where symmetric) and `weights/NAME` in fp16, as
+engines hold them; the model computes with these in fp32.
 """
 
 import json
@@ -53,7 +54,7 @@ def main(folder, request, answer):
         codes = bits_of(qweight, own["bits"], 0).astype(np.int32)  # [I, O]
         zeros = bits_of(qzeros, own["bits"], 1).astype(np.int32) + (config["checkpoint_format"] == "gptq")  # [N, O]
         scales = scales.astype(np.float32)
-        weight = scales[g_idx] * (codes - zeros[g_idx]).astype(np.float32)
+        weight = (scales[g_idx] * (codes - zeros[g_idx]).astype(np.float32)).astype(np.float16)
         tensors[f"{name}.weight"] = np.ascontiguousarray(weight.T)
         shift = 2 ** (own["bits"] - 1) if own["sym"] else 0
         found[f"codes/{name}"], found[f"zero_points/{name}"] = codes.T - shift, zeros.T - shift

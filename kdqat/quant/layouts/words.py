@@ -1,8 +1,7 @@
 """Codes of b bits in 32-bit words, without gaps: code i lies at bit i * b, the lowest bit first.
 
 The rule of compressed-tensors' `pack-quantized` (along inputs) and of GPTQ (along inputs for weights, along outputs for
-zero points). Where b does not divide 32, a code may lie in two words; GPTQ's well-known 3-bit pattern (10, 1, 10, 1, 10)
-is this rule.
+zero points). Where b does not divide 32, a code may lie in two words; GPTQ's 3-bit pattern 10-1-10-1-10 is this rule.
 """
 
 from __future__ import annotations
@@ -47,7 +46,9 @@ def unpack_words(words: Tensor, bits: int, num_codes: int) -> Tensor:
     """
     _check_bits(bits)
     if words.shape[-1] != num_words(num_codes, bits):
-        raise ValueError(f"{num_codes} codes of {bits} bits take {num_words(num_codes, bits)} words, not {words.shape[-1]}")
+        raise ValueError(
+            f"{num_codes} codes of {bits} bits take {num_words(num_codes, bits)} words, not {words.shape[-1]}"
+        )
     unsigned = F.pad(words.long() & 0xFFFFFFFF, (0, -words.shape[-1] % bits))
     rows = F.pad(unsigned.reshape(-1, bits), (0, 1))
     word, offset = _places(bits, words.device)
