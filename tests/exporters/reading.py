@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import importlib
-import json
-import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
+from kdqat.models.source import auto_class
 from tests.docs.examples import PAGES, SOURCE
+from tests.exporters.here import HERE
+
+
+def loaded(folder: Path) -> Any:
+    """The plain model in `folder`, in evaluation mode."""
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder).eval()
 
 
 @pytest.fixture
 def reader_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers run inside this process, and everything else of the gate as it is."""
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        reader, answer = command[3], Path(command[6])
-        monkeypatch.setattr(sys, "argv", command[3:])
-        answer.with_name(f"{answer.name}.json").write_text(json.dumps({"modules": [], "versions": {}}))
-        try:
-            runpy.run_path(reader, run_name="__main__")
-        except SystemExit as end:
-            return subprocess.CompletedProcess(command, end.code, "", "it cannot")
-        except Exception as error:
-            return subprocess.CompletedProcess(command, 1, "", f"Traceback\n{type(error).__name__}: {error}")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr("kdqat.exporters.parity_reader.subprocess.run", run)
+    monkeypatch.setattr("kdqat.exporters.parity_reader.subprocess", HERE)
 
 
 @pytest.fixture(scope="module")
