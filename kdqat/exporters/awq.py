@@ -6,6 +6,7 @@ for the whole folder. https://github.com/casper-hansen/AutoAWQ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,11 +28,6 @@ class AWQ(Exporter):
 
     name: ClassVar[str] = "awq"
     reader: ClassVar[str] = "awq_reader.py"
-    serving: ClassVar[dict[str, str]] = {
-        "vLLM": "vllm serve {folder} --dtype float16",
-        "SGLang": "python -m sglang.launch_server --model-path {folder} --dtype float16",
-        "transformers": "AutoModelForCausalLM.from_pretrained('{folder}')  # pip install gptqmodel",
-    }
 
     @property
     def compute_dtype(self) -> str:
@@ -58,6 +54,13 @@ class AWQ(Exporter):
             found = ", ".join(f"{size} ({name})" for size, name in sizes.items())
             return f"AWQ has one group size for all layers, and the plan has {found}; use one, or CompressedTensors"
         return None
+
+    def serving(self, student: Student, folder: str) -> Mapping[str, str]:
+        return {
+            "vLLM": f"vllm serve {folder} --dtype float16",
+            "SGLang": f"python -m sglang.launch_server --model-path {folder} --dtype float16",
+            "transformers": f"AutoModelForCausalLM.from_pretrained('{folder}')  # pip install gptqmodel",
+        }
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:

@@ -8,6 +8,7 @@ for compressed-tensors 0.20; the package itself is needed to read the folder, no
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -45,11 +46,6 @@ class CompressedTensors(Exporter):
         "compressed-tensors:float32": {"dtype": "float32"},
     }
     reader: ClassVar[str] = "compressed_tensors_reader.py"
-    serving: ClassVar[dict[str, str]] = {
-        "vLLM": "vllm serve {folder}",
-        "SGLang": "python -m sglang.launch_server --model-path {folder}",
-        "transformers": "AutoModelForCausalLM.from_pretrained('{folder}')  # pip install compressed-tensors",
-    }
 
     def __init__(self, *, dtype: Dtype = "float16") -> None:
         if dtype not in get_args(Dtype):
@@ -76,16 +72,26 @@ class CompressedTensors(Exporter):
             if group.format in (NVFP4, MXFP4) and layer.matrix_shape[1] % 2:
                 return f"{name}: FP4 packs two inputs to a byte, and it has {layer.matrix_shape[1]}; use W4A16"
             spec = student.plan[name].weight
-            if (
-                spec is not None
-                and spec.scale_dtype in get_args(Dtype)
-                and self.dtype not in (spec.scale_dtype, "float32")
-            ):
+            stored = "" if spec is None else spec.scale_dtype
+            if stored in get_args(Dtype) and self.dtype not in (stored, "float32"):
                 return (
-                    f"{name}: its scales are {spec.scale_dtype}, and a folder in {self.dtype} has them rounded when it is "
-                    f"loaded; use CompressedTensors with dtype {spec.scale_dtype}, or scale_dtype: {self.dtype}"
+                    f"{name}: its scales are {stored}, and who loads a folder in {self.dtype} rounds them to that; use "
+                    f"CompressedTensors with dtype {stored}, or scale_dtype: {self.dtype}"
                 )
         return _refuses_kv_cache(student.plan.kv_cache)
+
+    def serving(self, student: Student, folder: str) -> Mapping[str, str]:
+        load = f"AutoModelForCausalLM.from_pretrained('{folder}')"
+        if any(not scheme.weight.symmetric for scheme in student.plan.values() if scheme.weight is not None):
+            load = (  # 5.23 allocates zero points that are not packed
+                f"AutoModelForCausalLM.from_pretrained('{folder}', "
+                "quantization_config=CompressedTensorsConfig(dequantize=True))"
+            )
+        return {
+            "vLLM": f"vllm serve {folder}",
+            "SGLang": f"python -m sglang.launch_server --model-path {folder}",
+            "transformers": f"{load}  # pip install compressed-tensors",
+        }
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
@@ -158,7 +164,7 @@ def _config(student: Student, groups: dict[Group, list[str]]) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": group.to_json(["Linear"] if only else names)
+            f"group_{i}": group.to_json(["Linear"] if len(groups) == 1 else names)
             for i, (group, names) in enumerate(groups.items())
         },
         "ignore": list(linears_left(student)),

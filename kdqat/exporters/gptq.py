@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -38,11 +39,6 @@ class GPTQ(Exporter):
 
     words: ClassVar[dict[str, dict[str, Any]]] = {"gptq": {"format": "gptq"}, "gptq-v2": {"format": "gptq_v2"}}
     reader: ClassVar[str] = "gptq_reader.py"
-    serving: ClassVar[dict[str, str]] = {
-        "vLLM": "vllm serve {folder} --dtype float16",
-        "SGLang": "python -m sglang.launch_server --model-path {folder} --dtype float16",
-        "transformers": "AutoModelForCausalLM.from_pretrained('{folder}')  # pip install gptqmodel",
-    }
 
     def __init__(self, *, format: GPTQFormat = "gptq") -> None:
         if format not in get_args(GPTQFormat):
@@ -50,7 +46,7 @@ class GPTQ(Exporter):
         self.format: GPTQFormat = format
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.format.replace("_", "-")
 
     @property
@@ -75,6 +71,13 @@ class GPTQ(Exporter):
         if self.format == "gptq" and not spec.symmetric:
             return "GPTQ version 1 stores zero point - 1 and has no 0; use format gptq_v2, or GPTQ_4BIT_G128"
         return None
+
+    def serving(self, student: Student, folder: str) -> Mapping[str, str]:
+        return {
+            "vLLM": f"vllm serve {folder} --dtype float16",
+            "SGLang": f"python -m sglang.launch_server --model-path {folder} --dtype float16",
+            "transformers": f"AutoModelForCausalLM.from_pretrained('{folder}')  # pip install gptqmodel",
+        }
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:

@@ -102,7 +102,7 @@ def load_packed_model(
         raise ValueError(f"{folder}: tensor {wrong[0]} {fault}; such layers cannot be the start of a student")
     for name, layer in checkpoint.layers.items():
         setattr(model.get_submodule(name), STORED, layer)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def plain_config(config: Any) -> Any:

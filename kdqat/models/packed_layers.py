@@ -40,8 +40,8 @@ def reader_for(config: Mapping[str, Any]) -> tuple[str, Sequence[str], Read]:
     if config["quant_method"] == "compressed-tensors":
         own = ("weight_scale", "weight_packed", "weight", "weight_shape", "weight_zero_point", "weight_global_scale")
         return ".weight_scale", (*own, "input_global_scale"), _compressed
-    own = ("qweight", "qzeros", "scales", "g_idx")
-    return ".qweight", own, _gptq if config["quant_method"] == "gptq" else _awq
+    words = ("qweight", "qzeros", "scales", "g_idx")
+    return ".qweight", words, _gptq if config["quant_method"] == "gptq" else _awq
 
 
 def _compressed(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLayer:
@@ -79,7 +79,7 @@ def _group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     for group in config["config_groups"].values():
         for target in group["targets"]:
             if target in (name, "Linear") or (target.startswith("re:") and re.match(target[3:], name)):
-                return group  # type: ignore[no-any-return]
+                return group
     raise ValueError("no config group targets it")
 
 

@@ -23,17 +23,18 @@ from safetensors.torch import load_file, save_file
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def unpack(words):
+def unpack(words: np.ndarray) -> np.ndarray:
     """int32 [rows, O / 8] -> [rows, O]."""
     unsigned = words.astype(np.int64) & 0xFFFFFFFF
     outputs = [(unsigned >> (4 * nibble)) & 15 for nibble in NIBBLE_OF_OUTPUT]
     return np.stack(outputs, -1).reshape(len(words), -1).astype(np.int32)
 
 
-def main(folder, request, answer):
+def main(folder: str, request: str, answer: str) -> None:
     config = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["version"], config["bits"]) == ("awq", "gemm", 4)
-    tensors, found = {}, {}
+    tensors: dict = {}
+    found: dict = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_numpy(file)
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
@@ -52,7 +53,7 @@ def main(folder, request, answer):
 
 
 @torch.no_grad()
-def run(folder, tensors, request):
+def run(folder: str, tensors: dict, request: dict) -> dict:
     """What the plain model computes with these weights, in fp32."""
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config

@@ -15,6 +15,7 @@ plain model. Codes are unpacked by compressed-tensors' own functions.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,7 +30,7 @@ FP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 OWN = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 
 
-def read_codes(own, args):
+def read_codes(own: dict, args: Any) -> tuple:
     """(codes [O, I], scale [O, N], zero point or None), as kdqat counts them: asymmetric grids from 0."""
     scale, shift = own["weight_scale"], 0 if args.symmetric else 2 ** (args.num_bits - 1)
     if args.type == "float":
@@ -39,8 +40,9 @@ def read_codes(own, args):
         if scale.dtype == torch.uint8:
             return codes, torch.ldexp(torch.ones(scale.shape), scale.int() - 127), None
         return codes, scale.float() / own["weight_global_scale"], None
-    codes = own.get("weight")
-    if codes is None:
+    if "weight" in own:
+        codes = own["weight"]
+    else:
         codes = unpack_from_int32(own["weight_packed"], args.num_bits, torch.Size(own["weight_shape"].tolist()))
     if args.symmetric:
         return codes, scale, None
@@ -49,7 +51,7 @@ def read_codes(own, args):
     return codes.int() + shift, scale, zero_point.int() + shift
 
 
-def plain_load(folder, kind, layers):
+def plain_load(folder: str, kind: Any, layers: dict) -> tuple:
     """The model of `from_pretrained`, decompressed as its first call would, and its dequantized weights."""
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     model.hf_quantizer.compressor.decompress_model(model)
@@ -63,7 +65,7 @@ def plain_load(folder, kind, layers):
     return model, weights
 
 
-def dequantize_fp4(own, args):
+def dequantize_fp4(own: dict, args: Any) -> torch.Tensor:
     rows, half = own["weight_packed"].shape
     values, scale = (
         unpack_fp4_from_uint8(own["weight_packed"], rows, 2 * half, dtype=torch.float32),
@@ -73,10 +75,11 @@ def dequantize_fp4(own, args):
     return dequantize(values, scale, args=args, dtype=torch.float32, global_scale=own.get("weight_global_scale"))
 
 
-def load_by_layer(kind, config, tensors, layers):
+def load_by_layer(kind: Any, config: Any, tensors: dict, layers: dict) -> tuple:
     """The plain model, each quantized layer through its compressor's own `decompress`."""
     del config.quantization_config
-    weights, state = {}, dict(tensors)
+    weights: dict = {}
+    state = dict(tensors)
     for name, (own, scheme, form) in layers.items():
         own = {key: value.float() if key == "weight_scale" else value for key, value in own.items()}
         weights[name] = BaseCompressor.get_value_from_registry(form).decompress(own, scheme)["weight"]
@@ -90,8 +93,10 @@ def load_by_layer(kind, config, tensors, layers):
 
 
 @torch.no_grad()
-def main(folder, request, answer):
-    request, tensors, layers, found = load_file(request), {}, {}, {}
+def main(folder: str, request: str, answer: str) -> None:
+    tensors: dict = {}
+    layers: dict = {}
+    found: dict = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_file(file)
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -115,7 +120,7 @@ def main(folder, request, answer):
     for name, weight in weights.items():
         found[f"weights/{name}"] = weight.to(dtype)
         model.get_submodule(name).weight.data = weight.to(dtype).float()
-    output = model(**request)
+    output = model(**load_file(request))
     found["logits" if "logits" in output else "hidden"] = output[0].float()
     save_file({key: value.clone().contiguous() for key, value in found.items()}, answer)
 

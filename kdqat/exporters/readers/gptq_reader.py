@@ -22,7 +22,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 
 
-def bits_of(words, bits, axis):
+def bits_of(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
     """Unsigned numbers of `bits` bits along `axis` of int32 words, read from a string of single bits."""
     words = np.moveaxis(words, axis, -1)
     octets = np.ascontiguousarray(words).astype("<i4").view(np.uint8)
@@ -30,7 +30,7 @@ def bits_of(words, bits, axis):
     return np.moveaxis((single << np.arange(bits)).sum(-1), -1, axis)
 
 
-def settings_of(name, config):
+def settings_of(name: str, config: dict) -> dict:
     """bits and sym of a layer: GPTQModel's `dynamic` rules override the folder's own."""
     own = {"bits": config["bits"], "sym": config["sym"]}
     for rule, override in (config.get("dynamic") or {}).items():
@@ -41,11 +41,12 @@ def settings_of(name, config):
     return own
 
 
-def main(folder, request, answer):
+def main(folder: str, request: str, answer: str) -> None:
     config = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
     assert config == json.loads((Path(folder) / "quantize_config.json").read_text())
     assert config["quant_method"] == "gptq" and not config["desc_act"]
-    tensors, found = {}, {}
+    tensors: dict = {}
+    found: dict = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_numpy(file)
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
@@ -65,7 +66,7 @@ def main(folder, request, answer):
 
 
 @torch.no_grad()
-def run(folder, tensors, request):
+def run(folder: str, tensors: dict, request: dict) -> dict:
     """What the plain model computes with these weights, in fp32."""
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
