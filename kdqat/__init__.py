@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize", "signals"),
-    "kdqat.allocate": ("BitAllocator", "ByImportance", "FromFile", "Knapsack", "Uniform"),
+    "kdqat.allocate": ("BitAllocator", "ByImportance", "FromCheckpoint", "FromFile", "Knapsack", "Uniform"),
     "kdqat.callbacks": (
         "BitSchedule",
         "BlockProgressive",
@@ -30,7 +30,7 @@ _PUBLIC = {
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
     "kdqat.calibrate": ("Calibration",),
     "kdqat.evaluators": ("EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement"),
-    "kdqat.exporters": ("DequantizedHF", "Exporter"),
+    "kdqat.exporters": ("CompressedTensors", "DequantizedHF", "Exporter"),
     "kdqat.importance": (
         "LIM",
         "ZD",
@@ -41,7 +41,17 @@ _PUBLIC = {
         "OutputKL",
         "WeightSQNR",
     ),
-    "kdqat.initializers": ("AWQ", "FPQ", "GPTQ", "RTN", "Initializer", "MSEGrid", "QuantoMax", "SignRound"),
+    "kdqat.initializers": (
+        "AWQ",
+        "FPQ",
+        "GPTQ",
+        "RTN",
+        "Initializer",
+        "MSEGrid",
+        "QuantoMax",
+        "SignRound",
+        "StoredScales",
+    ),
     "kdqat.losses": (
         "CAKLD",
         "TVD",
