@@ -273,7 +273,7 @@ def require_exportable(student: Student, exporter: Exporter, out_dir: Path, *, o
     Raises:
         ValueError: if the format cannot hold the plan, or the folder exists and may not be overwritten.
     """
-    reason = exporter.refuses(student.plan)
+    reason = exporter.refuses(student)
     if reason:
         raise ValueError(f"export {exporter.name}: {reason}")
     if out_dir.exists() and not overwrite:

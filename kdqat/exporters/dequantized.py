@@ -32,11 +32,16 @@ class DequantizedHF(Exporter):
     """
 
     name: ClassVar[str] = "dequantized"
+    reader: ClassVar[str] = "transformers_weights.py"
 
     def __init__(self, *, dtype: Dtype = "float32") -> None:
         self.dtype = dtype
 
-    def refuses(self, plan: QuantPlan) -> str | None:
+    @property
+    def compute_dtype(self) -> str:
+        return self.dtype
+
+    def refuses(self, student: Student) -> str | None:
         return None  # every grid is a set of numbers
 
     @torch.no_grad()
