@@ -27,14 +27,12 @@ class Exporter(ABC):
         applies_activations: whether the reader quantizes activations as the plan says; else its logits are compared
             with those of the student's quantized weights alone.
         library_name: of the model card, as the Hugging Face hub knows it.
-        serving: engine -> command for the model card, with {folder} where the folder's path belongs.
     """
 
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     reader: ClassVar[str | None]
     applies_activations: ClassVar[bool] = False
     library_name: ClassVar[str] = "transformers"
-    serving: ClassVar[Mapping[str, str]] = {}
 
     @property
     @abstractmethod
@@ -52,6 +50,10 @@ class Exporter(ABC):
     @abstractmethod
     def export(self, student: Student, out_dir: Path) -> None:
         """Write codes and scales as stored into the empty folder `out_dir`, with config, tokenizer and plan."""
+
+    def serving(self, student: Student, folder: str) -> Mapping[str, str]:
+        """Engine -> the command (or the lines of Python) that runs the export `folder` in it, for the model card."""
+        return {}
 
     def reader_missing(self) -> str | None:
         """The package its reader needs and how to install it; None if it is there."""
