@@ -2,5 +2,6 @@
 
 from kdqat.exporters.base import Exporter
 from kdqat.exporters.dequantized import DequantizedHF
+from kdqat.exporters.gguf import GGUF
 
-__all__ = ["DequantizedHF", "Exporter"]
+__all__ = ["GGUF", "DequantizedHF", "Exporter"]

@@ -72,14 +72,6 @@ class GGUF(Exporter):
         return f"model-{self.type.upper()}.gguf"
 
     @property
-    def serving(self) -> Mapping[str, str]:  # type: ignore[override]
-        return {
-            "llama.cpp": f"llama-cli -m {{folder}}/{self.file_name}",
-            "llama.cpp server": f"llama-server -m {{folder}}/{self.file_name}",
-            "Ollama": f"echo 'FROM {{folder}}/{self.file_name}' > Modelfile && ollama create student -f Modelfile",
-        }
-
-    @property
     def plain_dtype(self) -> str:
         """In which everything besides the planned weights is stored, at the worst; 8 bits round as bfloat16 does."""
         if self.embeddings == "q8_0":
@@ -142,6 +134,14 @@ class GGUF(Exporter):
         config.save_pretrained(out_dir)
         student.tokenizer.save_pretrained(out_dir)
         student.plan.save(out_dir)
+
+    def serving(self, student: Student, folder: str) -> Mapping[str, str]:
+        path = f"{folder}/{self.file_name}"
+        return {
+            "llama.cpp": f"llama-cli -m {path}",
+            "llama.cpp server": f"llama-server -m {path} --port 8080",
+            "Ollama": f"echo 'FROM {path}' > Modelfile && ollama create student -f Modelfile && ollama run student",
+        }
 
     def _tensors(self, student: Student) -> dict[str, tuple[str, Tensor]]:
         """GGUF's name -> (type, rows as they are written)."""

@@ -88,7 +88,7 @@ def _compare(parity: Parity, student: Student, exporter: Exporter, folder: Path,
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".parity-") as scratch:
             answer = ask_reader(exporter.reader, folder, ids, Path(scratch))
             latent = str(next(student.model.parameters()).dtype).removeprefix("torch.")
-            judged_as, tolerance = tolerance_for(exporter.compute_dtype, latent)
+            judged_as, tolerance = tolerance_for(exporter.compute_dtype, exporter.plain_dtype, latent)
             layers = compare_layers(student, answer.path, exporter.compute_dtype)
             kind, ours = answers_of(student, ids, activations=exporter.applies_activations)
             numbers = None

@@ -18,6 +18,8 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes, scales, minima
+
 NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -29,31 +31,31 @@ NAMES = {
 }
 
 
-def half(stored):
+def half(stored: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(stored).view(np.float16)[..., 0].astype(np.float32)
 
 
-def nibbles(stored):
+def nibbles(stored: np.ndarray) -> np.ndarray:
     return np.concatenate([stored & 15, stored >> 4], axis=-1).astype(np.int16)
 
 
-def q4_0(blocks):
+def q4_0(blocks: np.ndarray) -> Decoded:
     return nibbles(blocks[..., 2:]) - 8, half(blocks[..., :2]), None
 
 
-def q4_1(blocks):
+def q4_1(blocks: np.ndarray) -> Decoded:
     return nibbles(blocks[..., 4:]), half(blocks[..., :2]), half(blocks[..., 2:4])
 
 
-def q8_0(blocks):
+def q8_0(blocks: np.ndarray) -> Decoded:
     return np.ascontiguousarray(blocks[..., 2:]).view(np.int8).astype(np.int16), half(blocks[..., :2]), None
 
 
-def mxfp4(blocks):
+def mxfp4(blocks: np.ndarray) -> Decoded:
     return nibbles(blocks[..., 1:]), np.exp2(blocks[..., 0].astype(np.float32) - 127), None
 
 
-def q4_k(blocks):
+def q4_k(blocks: np.ndarray) -> Decoded:
     codes = nibbles(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32)).reshape(*blocks.shape[:2], 256)
     packed = blocks[..., 4:16].astype(np.int32)
     scale, minimum = np.zeros((2, *blocks.shape[:2], 8), np.float32)
@@ -69,7 +71,7 @@ def q4_k(blocks):
 DECODERS = {"Q4_0": (18, q4_0), "Q4_1": (20, q4_1), "Q8_0": (34, q8_0), "MXFP4": (17, mxfp4), "Q4_K": (144, q4_k)}
 
 
-def hf_names(name, tied):
+def hf_names(name: str, tied: bool) -> list[str]:
     """Names of the modules that a tensor is the weight of."""
     stem = name.removesuffix(".weight")
     if stem == "token_embd":
@@ -80,12 +82,12 @@ def hf_names(name, tied):
     return [f"model.layers.{block}.{NAMES[part]}"]
 
 
-def in_halves(rows, heads):
+def in_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's rows of q and k, whose rotary pairs are neighbours, in the order of transformers."""
     return rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def main(folder, request, answer):
+def main(folder: str, request: str, answer: str) -> None:
     (path,) = Path(folder).glob("*.gguf")
     reader = GGUFReader(path)
     arch = reader.fields["general.architecture"].contents()
@@ -119,8 +121,8 @@ def main(folder, request, answer):
     model.eval()
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight":  # llama.cpp divides by it, transformers passes it over
-            for rotary in (module for module in model.modules() if hasattr(module, "inv_freq")):
-                rotary.inv_freq /= torch.from_numpy(np.array(tensor.data)).to(rotary.inv_freq)
+            for buffer in (buffer for key, buffer in model.named_buffers() if key.endswith("inv_freq")):
+                buffer /= torch.from_numpy(np.array(tensor.data))
     with torch.no_grad():
         tensors["logits"] = model(**inputs).logits.float().contiguous()
     save_file(tensors, answer)
