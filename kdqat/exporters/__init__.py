@@ -3,5 +3,6 @@
 from kdqat.exporters.base import Exporter
 from kdqat.exporters.dequantized import DequantizedHF
 from kdqat.exporters.gguf import GGUF
+from kdqat.exporters.torchao import TorchAO
 
-__all__ = ["GGUF", "DequantizedHF", "Exporter"]
+__all__ = ["GGUF", "DequantizedHF", "Exporter", "TorchAO"]

@@ -21,6 +21,7 @@ from kdqat.exporters.base import Exporter
 from kdqat.exporters.dequantized import activations_of
 from kdqat.exporters.gguf_metadata import add_metadata, refuses_config, rope_factors
 from kdqat.exporters.gguf_tokenizer import add_tokenizer, copy_tokenizer, refuses_tokenizer
+from kdqat.exporters.hf_files import save_hf_files
 from kdqat.models.gguf_file import FAMILIES, gguf_path, num_rope_heads, tensor_names, to_neighbours
 from kdqat.quant import FakeQuantizer, MinMax
 from kdqat.quant.layouts.gguf import LAYOUTS, pack_gguf
@@ -131,9 +132,7 @@ class GGUF(Exporter):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        config.save_pretrained(out_dir)
-        student.tokenizer.save_pretrained(out_dir)
-        student.plan.save(out_dir)
+        save_hf_files(student, out_dir)
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
         path = f"{folder}/{self.file_name}"

@@ -9,6 +9,7 @@ row 0. llama.cpp gives no logits: its server is asked for one token at a time, t
 """
 
 import json
+import os
 import sys
 import urllib.request
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import xllamacpp
 from safetensors.torch import load_file, save_file
 
-LIKELIEST = 1024  # log-probabilities asked for at first; of a rarer token all of them are
+LIKELIEST = (512, 8192)  # log-probabilities asked for at first, and then; of a still rarer token all of them are
 
 
 class LlamaCpp:
@@ -29,6 +30,8 @@ class LlamaCpp:
         parameters.model.path = str(path)
         parameters.n_ctx = parameters.n_batch = num_positions
         parameters.n_parallel, parameters.n_gpu_layers, parameters.port = 1, 0, 0
+        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or -1  # they spin while they wait: no more than are free
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
         parameters.warmup, parameters.verbosity = False, -1
         self.server = xllamacpp.Server(parameters)
 
@@ -41,7 +44,7 @@ class LlamaCpp:
         return answer
 
     def nll(self, prompt: list[int], target: int, vocab_size: int) -> float:
-        for count in (LIKELIEST, vocab_size):
+        for count in (*LIKELIEST, vocab_size):
             asked = {"n_predict": 1, "n_probs": count, "temperature": 0.0, "cache_prompt": True}
             answer = self.ask("/completion", prompt=prompt, **asked)
             found = {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
