@@ -24,6 +24,7 @@ from kdqat.report import RunDir, read_yaml
 from kdqat.report.table import markdown
 from kdqat.student import Student, load_student
 from kdqat.student.folder import STUDENT_FILE
+from kdqat.training.checkpoint import checkpoint_steps
 
 
 def export(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -125,18 +126,18 @@ def about_run(run: RunDir) -> About:
 
 
 def trained_on(run: RunDir, recipe: dict) -> str | None:
-    """Steps and tokens, from the last step of metrics.csv; tokens where every row has as many."""
-    metrics = run.path / "metrics.csv"
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    if len(lines) < 2:
+    """Steps and tokens, from the name of the newest checkpoint; tokens where every row has as many."""
+    saved = checkpoint_steps(run.checkpoints) if run.checkpoints.is_dir() else {}
+    if not saved:  # somebody needed the space
         return None
-    column = lines[0].split(",").index("step")
-    steps = int(lines[-1].split(",")[column])
+    steps = max(saved)
     trainer, data = recipe.get("trainer") or {}, (recipe.get("data") or {}).get("init_args") or {}
     text = f"{steps} steps on {data.get('text') or 'the text of its recipe'}"
     devices = trainer.get("devices", 1)
+    if trainer.get("accelerator") == "cpu" and devices == "auto":
+        devices = 1  # what it means there
     if {"batch_size", "seq_len"} <= set(data) and isinstance(devices, int) and devices > 0:
         rows = data["batch_size"] * int(trainer.get("accumulate_grad_batches") or 1) * devices
         tokens = steps * rows * data["seq_len"]
-        text += f", {rows} rows of {data['seq_len']} tokens each: {tokens / 1e6:.2f} million tokens"
+        text += f", {rows} rows of {data['seq_len']} tokens each: {tokens:,} tokens"
     return text

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from kdqat.exporters.base import Exporter
 from kdqat.models.source import Dtype, auto_class
@@ -88,11 +87,6 @@ class DequantizedHF(Exporter):
         ]
         vllm = "vLLM (as fast as the base model, since the weights are plain floats)"
         return {"transformers": "\n".join(load), vllm: f"vllm serve {folder}"}
-
-    def reload(self, out_dir: Path) -> nn.Module:
-        from transformers import AutoConfig
-
-        return auto_class(AutoConfig.from_pretrained(out_dir)).from_pretrained(out_dir).eval()
 
 
 def activations_of(plan: QuantPlan) -> str:

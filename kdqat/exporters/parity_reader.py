@@ -46,6 +46,7 @@ def ask_reader(reader: str, folder: Path, input_ids: Tensor, scratch: Path) -> A
         ReaderFailed: with the last line of what it said, or if it imported kdqat.
         CannotRead: with its reason.
     """
+    scratch = scratch.absolute()  # the reader works there
     request, answer = scratch / "request.safetensors", scratch / "answer.safetensors"
     save_file({"input_ids": input_ids.contiguous()}, request)
     script = READERS / reader  # an absolute path stays as it is

@@ -12,6 +12,7 @@ from kdqat import api
 from kdqat.exporters import DequantizedHF, Exporter
 from kdqat.initializers import RTN
 from tests.contracts.test_exporters import IDS, trained
+from tests.exporters.reading import loaded
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -19,7 +20,7 @@ from tests.contracts.test_exporters import IDS, trained
 def test_weights_are_rounded_to_the_dtype_once_and_the_config_says_so(tmp_path, dtype, name):
     student, kind = trained(name), getattr(torch, dtype)
     api.export(student, DequantizedHF(dtype=dtype), tmp_path / "out", verify=False)
-    model = DequantizedHF().reload(tmp_path / "out")
+    model = loaded(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
     assert {p.dtype for p in model.parameters()} == {kind} and not model.training
     for key, layer in student.layers.items():
@@ -41,7 +42,7 @@ def test_a_reader_gets_the_same_answers_in_bf16_as_the_student_in_bf16(tmp_path)
     student = trained("toy:llama")
     api.export(student, DequantizedHF(dtype="bfloat16"), tmp_path / "out", verify=False)
     with torch.no_grad():
-        read = DequantizedHF().reload(tmp_path / "out")(input_ids=IDS).logits.float()
+        read = loaded(tmp_path / "out")(input_ids=IDS).logits.float()
         exact = student.model(input_ids=IDS).logits
     assert (read - exact).abs().max() < 0.05 * exact.abs().max()
 
