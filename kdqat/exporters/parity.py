@@ -8,6 +8,7 @@ zero points must be the student's bit for bit, weights scale * (code - zero poin
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import tempfile
@@ -126,4 +127,8 @@ def text_of(student: Student, text: str) -> Tensor:
     """A few windows [B, T] int64 of `text`, no longer than the model's positions."""
     positions = getattr(student.model.config, "max_position_embeddings", None)
     seq_len = min(SEQ_LEN, positions) if positions else SEQ_LEN
-    return windows(text, student.tokenizer, seq_len, limit=NUM_WINDOWS).to(torch.int64)
+    tokenizer = student.tokenizer
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:  # an encoder's end of a text
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.eos_token = tokenizer.sep_token
+    return windows(text, tokenizer, seq_len, limit=NUM_WINDOWS).to(torch.int64)
