@@ -42,6 +42,11 @@ class Exporter(ABC):
     def compute_dtype(self) -> str:
         return "float32"
 
+    @property
+    def plain_dtype(self) -> str:
+        """In which the format holds what the plan leaves alone, at the worst; its logits are judged by that, too."""
+        return "float32"
+
     @abstractmethod
     def refuses(self, student: Student) -> str | None:
         """Why this format cannot hold the student's plan losslessly: layer, reason, nearest format that fits; None if

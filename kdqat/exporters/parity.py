@@ -8,6 +8,7 @@ zero points must be the student's bit for bit, weights scale * (code - zero poin
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import tempfile
@@ -88,7 +89,7 @@ def _compare(parity: Parity, student: Student, exporter: Exporter, folder: Path,
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".parity-") as scratch:
             answer = ask_reader(exporter.reader, folder, ids, Path(scratch))
             latent = str(next(student.model.parameters()).dtype).removeprefix("torch.")
-            judged_as, tolerance = tolerance_for(exporter.compute_dtype, latent)
+            judged_as, tolerance = tolerance_for(exporter.compute_dtype, exporter.plain_dtype, latent)
             layers = compare_layers(student, answer.path, exporter.compute_dtype)
             kind, ours = answers_of(student, ids, activations=exporter.applies_activations)
             numbers = None
@@ -126,4 +127,8 @@ def text_of(student: Student, text: str) -> Tensor:
     """A few windows [B, T] int64 of `text`, no longer than the model's positions."""
     positions = getattr(student.model.config, "max_position_embeddings", None)
     seq_len = min(SEQ_LEN, positions) if positions else SEQ_LEN
-    return windows(text, student.tokenizer, seq_len, limit=NUM_WINDOWS).to(torch.int64)
+    tokenizer = student.tokenizer
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:  # an encoder's end of a text
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.eos_token = tokenizer.sep_token
+    return windows(text, tokenizer, seq_len, limit=NUM_WINDOWS).to(torch.int64)
