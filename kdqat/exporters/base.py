@@ -26,12 +26,15 @@ class Exporter(ABC):
         compute_dtype: in which the reader holds dequantized weights: "float32", "bfloat16" or "float16".
         applies_activations: whether the reader quantizes activations as the plan says; else its logits are compared
             with those of the student's quantized weights alone.
+        holds_kv_cache: whether the format holds scales of a KV cache; the reader then answers with these, and where
+            it computes in float32, its model quantizes the cache.
         library_name: of the model card, as the Hugging Face hub knows it.
     """
 
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     reader: ClassVar[str | None]
     applies_activations: ClassVar[bool] = False
+    holds_kv_cache: ClassVar[bool] = False
     library_name: ClassVar[str] = "transformers"
 
     @property

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from kdqat.exporters.base import Exporter
 from kdqat.exporters.parity_layers import compare_layers
 from kdqat.exporters.parity_logits import answers_of, compare_answers, fault_of, tolerance_for
 from kdqat.exporters.parity_reader import CannotRead, ReaderFailed, ask_reader
-from kdqat.files import write_text
+from kdqat.files import write_json_as
 from kdqat.student import Student
 
 PARITY_FILE = "parity.json"
@@ -55,7 +54,7 @@ class Parity:
     def save(self, folder: Path) -> None:
         """Write `folder`/parity.json."""
         head = {"verified": self.verified, "rejected": self.rejected, "why": self.why}
-        write_text(folder / PARITY_FILE, json.dumps(head | self.numbers, indent=1))
+        write_json_as(folder, PARITY_FILE, head | self.numbers)
 
 
 def verify_export(student: Student, exporter: Exporter, folder: Path, *, text: str = TEXT) -> Parity:
@@ -90,11 +89,16 @@ def _compare(parity: Parity, student: Student, exporter: Exporter, folder: Path,
             answer = ask_reader(exporter.reader, folder, ids, Path(scratch))
             latent = str(next(student.model.parameters()).dtype).removeprefix("torch.")
             judged_as, tolerance = tolerance_for(exporter.compute_dtype, exporter.plain_dtype, latent)
-            layers = compare_layers(student, answer.path, exporter.compute_dtype)
-            kind, ours = answers_of(student, ids, activations=exporter.applies_activations)
+            # an FP8 cache in a model of 16 bits: what lies on the edge of two codes falls to either side
+            cache = (
+                exporter.holds_kv_cache and exporter.compute_dtype == "float32" and student.plan.kv_cache is not None
+            )
+            applied = {"activations": exporter.applies_activations, "kv_cache": cache}
+            layers = compare_layers(student, answer.path, exporter.compute_dtype, kv_cache=exporter.holds_kv_cache)
+            kind, ours = answers_of(student, ids, **applied)
             numbers = None
             with safe_open(answer.path, framework="pt") as tensors:
-                if kind in tensors.keys():  # noqa: SIM118 - no mapping
+                if kind in tensors.keys() and not (cache and latent != "float32"):  # noqa: SIM118 - no mapping
                     numbers = compare_answers(kind, ours, tensors.get_tensor(kind))
     except CannotRead as error:
         parity.why = f"its reader cannot read this model: {error}"
@@ -113,10 +117,10 @@ def _compare(parity: Parity, student: Student, exporter: Exporter, folder: Path,
         "student_dtype": latent,
         "tolerance": {"of": judged_as, **asdict(tolerance)},
         "text": {"source": text, "shape": list(ids.shape), "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()},
-        "activations": "as planned" if exporter.applies_activations else "in full precision, on both sides",
+        **{key: "as planned" if on else "in full precision, on both sides" for key, on in applied.items()},
         "layers": len(student.layers),
         **layers.counts,
-        kind: numbers,  # null: the reader reads weights only
+        kind: numbers,  # null: not compared, the reader reads weights only
         "faults": faults,
     }
     parity.verified, parity.rejected = not faults, bool(faults)

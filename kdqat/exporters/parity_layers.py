@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from kdqat.quant import FakeQuantizer
+from kdqat.quant.kv import kv_caches
 from kdqat.quant.swap import QuantizedLayer
 from kdqat.student import Student, plain_state
 
@@ -46,13 +48,14 @@ class LayerFindings:
 
 
 @torch.no_grad()
-def compare_layers(student: Student, answer: Path, compute_dtype: str) -> LayerFindings:
+def compare_layers(student: Student, answer: Path, compute_dtype: str, *, kv_cache: bool = False) -> LayerFindings:
     """Compare every tensor of `answer` with the student's; layers in the model's order, then all others.
 
     Args:
         student: on the CPU.
         answer: safetensors file with KIND/NAME tensors, KIND one of `KINDS`.
         compute_dtype: in which the reader holds weights.
+        kv_cache: whether the reader must answer with the scales of the KV cache, `scales/ATTENTION.key` and `.value`.
     """
     findings, dtype, layers = LayerFindings(), getattr(torch, compute_dtype), student.layers
     with safe_open(answer, framework="pt") as tensors:
@@ -79,6 +82,12 @@ def compare_layers(student: Student, answer: Path, compute_dtype: str) -> LayerF
                     findings.faults.append(f"{name}: {kind} read, where the plan quantizes no weight")
                     continue
                 findings.compare(kind, name, given, expected[kind])
+        for name, quantizer in _cache_quantizers(student).items() if kv_cache else ():
+            if "scales" in read.pop(name, set()):
+                stored = quantizer.stored_qparams(quantizer.scale.new_zeros(quantizer.shape))
+                findings.compare("scales", name, tensors.get_tensor(f"scales/{name}"), stored.scale)
+            else:
+                findings.faults.append(f"{name}: the reader answered without the scale of this cache")
         state = plain_state(student) if read else {}
         for name in sorted(read):
             ours = state.get(f"{name}.weight", state.get(name))
@@ -88,6 +97,12 @@ def compare_layers(student: Student, answer: Path, compute_dtype: str) -> LayerF
             ours = ours.to(dtype) if ours.is_floating_point() else ours
             findings.compare("weights", name, tensors.get_tensor(f"weights/{name}"), ours)
     return findings
+
+
+def _cache_quantizers(student: Student) -> dict[str, FakeQuantizer]:
+    """Fake quantizers of keys and values by their attention module's name and "key" or "value"."""
+    caches = kv_caches(student.model).items()
+    return {f"{owner}.{part}": quantizer for owner, cache in caches for part, quantizer in cache.quantizers().items()}
 
 
 def expected_of(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -49,17 +49,18 @@ def tolerance_for(*dtypes: str) -> tuple[str, Tolerance]:
 
 
 @torch.no_grad()
-def answers_of(student: Student, input_ids: Tensor, *, activations: bool) -> tuple[str, Tensor]:
+def answers_of(student: Student, input_ids: Tensor, *, activations: bool, kv_cache: bool = False) -> tuple[str, Tensor]:
     """("logits", [B, T, V]) of the student in float32; ("hidden", [B, T, H]) where it has no head.
 
     Args:
         student: on the CPU.
-        activations: whether activations, outputs and the KV cache are quantized as the plan says.
+        activations: whether inputs and outputs of layers are quantized as the plan says.
+        kv_cache: whether the KV cache is.
     """
     training = student.split.training
     student.split.eval()
     try:
-        with _weights_alone(student, not activations):
+        with _without(student, activations=not activations, kv_cache=not kv_cache):
             output = student.model(input_ids=input_ids, output_hidden_states=True)
     finally:
         student.split.train(training)
@@ -90,10 +91,10 @@ def fault_of(kind: str, numbers: dict[str, float], tolerance: Tolerance) -> str 
 
 
 @contextmanager
-def _weights_alone(student: Student, wanted: bool) -> Iterator[None]:
-    """Leave activations, outputs and KV caches in full precision inside the block, if `wanted`."""
-    layers = student.layers if wanted else {}
-    caches = list(kv_caches(student.model).values()) if wanted else []
+def _without(student: Student, *, activations: bool, kv_cache: bool) -> Iterator[None]:
+    """Leave inputs and outputs of layers, and KV caches, in full precision inside the block, as wanted."""
+    layers = student.layers if activations else {}
+    caches = list(kv_caches(student.model).values()) if kv_cache else []
     before: list[tuple[Any, dict[str, Any]]] = []
     for layer in layers.values():
         kinds = {"activation": layer.activation_fake_quantizer, "output": layer.output_fake_quantizer}

@@ -93,7 +93,7 @@ class Picky(Exporter):
 def test_a_plan_that_the_format_refuses_is_not_written(tmp_path):
     student = api.quantize("toy:llama", "W4A16", initializer=RTN())
     with pytest.raises(
-        ValueError, match=r"export picky: layer x: no 4-bit codes.* \(formats that hold this plan: dequantized"
+        ValueError, match=r"export picky: layer x: no 4-bit codes.* \(formats that hold this plan: .*dequantized"
     ):
         api.export(student, Picky(), tmp_path / "out", verify=False)
     assert list(tmp_path.iterdir()) == []

@@ -5,11 +5,14 @@
 REQUEST holds input_ids [B, T] (and attention_mask); ANSWER gets `logits` (`hidden` without a head), and of every
 quantized layer NAME: `codes/NAME` [O, I], `scales/NAME` and `zero_points/NAME` [O, N], `weights/NAME` in the folder's
 dtype, with which the model then computes in fp32. FP4, which compressed-tensors would decompress to bfloat16, goes
-through its `dequantize` in fp32. Activations stay in full precision: how a live range is taken is the engine's affair.
+through its `dequantize` in fp32. Inputs of layers stay in full precision: how a live range is taken is the engine's
+affair. A KV cache answers with its scales, `scales/ATTENTION.key` and `.value`; the model quantizes it in a float32
+folder, while in 16 bits keys on the edge of two FP8 codes fall to either side, and logits would say nothing.
 
 The model is what plain `from_pretrained` gives. transformers 5.23 fails there on asymmetric folders (it expects zero
-points that are not packed); of these, each layer goes through compressed-tensors' own decompression and then into the
-plain model. Codes are unpacked by compressed-tensors' own functions.
+points that are not packed); these are loaded as their users load them, with CompressedTensorsConfig(dequantize=True),
+which computes in the dtype of the scales: there the weights answered are compressed-tensors' own in fp32, and what
+transformers has must be these in that dtype. Codes are unpacked by compressed-tensors' own functions.
 """
 
 import json
@@ -22,7 +25,7 @@ import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from safetensors.torch import load_file, save_file
 
@@ -51,18 +54,44 @@ def read_codes(own: dict, args: Any) -> tuple:
     return codes.int() + shift, scale, zero_point.int() + shift
 
 
-def plain_load(folder: str, kind: Any, layers: dict) -> tuple:
-    """The model of `from_pretrained`, decompressed as its first call would, and its dequantized weights."""
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-    model.hf_quantizer.compressor.decompress_model(model)
+def load(folder: str, kind: Any, layers: dict, cache_scheme: dict | None) -> tuple:
+    """The model of `from_pretrained`, and its dequantized weights by layer."""
+    symmetric = all(scheme.weights.symmetric for _, scheme, _ in layers.values())
+    how = {} if symmetric else {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    model = kind.from_pretrained(folder, dtype=torch.float32, **how).eval()
+    if symmetric:
+        model.hf_quantizer.compressor.decompress_model(model)  # as its first call would
+    elif cache_scheme:  # which a dequantized load passes over
+        apply_quantization_config(model, QuantizationConfig(config_groups={}, kv_cache_scheme=cache_scheme))
     weights = {}
-    for name, (own, scheme, _) in layers.items():
+    for name, (own, scheme, form) in layers.items():
         module = model.get_submodule(name)
-        module.quantization_enabled = False  # of the activations
+        module.quantization_enabled = False  # of its input
         weights[name] = module.weight.detach()
         if scheme.weights.type == "float":
             weights[name] = dequantize_fp4(own, scheme.weights)
+        elif not symmetric:
+            weights[name] = decompress(own, scheme, form)
+            in_dtype = weights[name].to(own["weight_scale"].dtype).float()
+            assert torch.equal(in_dtype, module.weight), f"{name}: transformers dequantizes it to other weights"
     return model, weights
+
+
+def decompress(own: dict, scheme: Any, form: str) -> torch.Tensor:
+    own = {key: value.float() if key == "weight_scale" else value for key, value in own.items()}
+    return BaseCompressor.get_value_from_registry(form).decompress(own, scheme)["weight"]
+
+
+def cache_scales(model: Any, tensors: dict, *, on: bool) -> dict:
+    """Scales of the KV cache, put into the model where loading did not; {} where it has none."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "kv_cache"):
+            module.quantization_enabled = on
+            for part, scale in (("key", "k_scale"), ("value", "v_scale")):
+                getattr(module, scale).data.copy_(tensors[f"{name}.{scale}"])
+                found[f"scales/{name}.{part}"] = getattr(module, scale).detach()
+    return found
 
 
 def dequantize_fp4(own: dict, args: Any) -> torch.Tensor:
@@ -73,23 +102,6 @@ def dequantize_fp4(own: dict, args: Any) -> torch.Tensor:
     )
     scale = torch.ldexp(torch.ones(scale.shape), scale.int() - 127) if scale.dtype == torch.uint8 else scale.float()
     return dequantize(values, scale, args=args, dtype=torch.float32, global_scale=own.get("weight_global_scale"))
-
-
-def load_by_layer(kind: Any, config: Any, tensors: dict, layers: dict) -> tuple:
-    """The plain model, each quantized layer through its compressor's own `decompress`."""
-    del config.quantization_config
-    weights: dict = {}
-    state = dict(tensors)
-    for name, (own, scheme, form) in layers.items():
-        own = {key: value.float() if key == "weight_scale" else value for key, value in own.items()}
-        weights[name] = BaseCompressor.get_value_from_registry(form).decompress(own, scheme)["weight"]
-        state = {key: value for key, value in state.items() if key.rpartition(".")[0] != name or key.endswith(".bias")}
-        state[f"{name}.weight"] = weights[name]
-    model = kind(config).float().eval()
-    missing, unexpected = model.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
-    model.tie_weights()
-    assert set(missing) <= set(model.all_tied_weights_keys) and not unexpected, (missing, unexpected)
-    return model, weights
 
 
 @torch.no_grad()
@@ -113,10 +125,8 @@ def main(folder: str, request: str, answer: str) -> None:
             found[f"zero_points/{name}"] = zero_point
     assert layers, "no quantized layer was read"
     kind, dtype = getattr(transformers, config.architectures[0]), config.dtype
-    if all(group.weights.symmetric for group in groups):
-        model, weights = plain_load(folder, kind, layers)
-    else:
-        model, weights = load_by_layer(kind, config, tensors, layers)
+    model, weights = load(folder, kind, layers, stored["kv_cache_scheme"])
+    found |= cache_scales(model, tensors, on=dtype == torch.float32)
     for name, weight in weights.items():
         found[f"weights/{name}"] = weight.to(dtype)
         model.get_submodule(name).weight.data = weight.to(dtype).float()
