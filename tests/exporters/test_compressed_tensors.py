@@ -1,4 +1,4 @@
-"""compressed-tensors by channel, with zero points and with an FP8 cache; and transformers that loads it without kdqat."""
+"""compressed-tensors by channel, with zero points and an FP8 cache; and transformers that loads it without kdqat."""
 
 from __future__ import annotations
 
