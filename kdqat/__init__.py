@@ -30,7 +30,8 @@ _PUBLIC = {
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
     "kdqat.calibrate": ("Calibration",),
     "kdqat.evaluators": ("EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement"),
-    "kdqat.exporters": ("CompressedTensors", "DequantizedHF", "Exporter"),
+    # AWQ and GPTQ are the initializers here; the formats of these names are kdqat.exporters.AWQ and .GPTQ
+    "kdqat.exporters": ("GGUF", "ONNX", "CompressedTensors", "DequantizedHF", "Exporter", "TorchAO"),
     "kdqat.importance": (
         "LIM",
         "ZD",
@@ -84,7 +85,7 @@ _PUBLIC = {
         "strip_fake_quant",
     ),
     "kdqat.spec": ("LayerScheme", "QuantPlan", "QuantSpec", "Scores", "preset", "quanto_scheme"),
-    "kdqat.student": ("Student", "load_student", "prepare_student", "save_student"),
+    "kdqat.student": ("GGUFPlan", "GGUFScales", "Student", "load_student", "prepare_student", "save_student"),
     "kdqat.training": ("Checkpoints", "KDQATModule", "Parallel", "WarmupCosine"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -24,6 +24,7 @@ class Exporter(ABC):
         reader: file in `kdqat/exporters/readers/`, or the path of a script elsewhere; None: nothing independent can
             read this format, and its exports say so.
         compute_dtype: in which the reader holds dequantized weights: "float32", "bfloat16" or "float16".
+        holds_activations: whether the format says how activations are quantized; else that is left to the engine.
         applies_activations: whether the reader quantizes activations as the plan says; else its logits are compared
             with those of the student's quantized weights alone.
         holds_kv_cache: whether the format holds scales of a KV cache; the reader then answers with these, and where
@@ -33,6 +34,7 @@ class Exporter(ABC):
 
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     reader: ClassVar[str | None]
+    holds_activations: ClassVar[bool] = False
     applies_activations: ClassVar[bool] = False
     holds_kv_cache: ClassVar[bool] = False
     library_name: ClassVar[str] = "transformers"

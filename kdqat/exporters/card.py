@@ -165,6 +165,6 @@ def _parity(parity: Parity) -> str:
 def _serving(commands: Mapping[str, str]) -> str:
     blocks = []
     for engine, command in commands.items():
-        language = "python" if "import " in command else "sh"
+        language = "python" if "import " in command or "(" in command.split()[0] else "sh"
         blocks.append(f"{engine}:\n\n```{language}\n{command}\n```")
     return "\n\n".join(["## Use", *blocks]) if blocks else ""

@@ -46,6 +46,7 @@ class CompressedTensors(Exporter):
         "compressed-tensors:float32": {"dtype": "float32"},
     }
     reader: ClassVar[str] = "compressed_tensors_reader.py"
+    holds_activations: ClassVar[bool] = True
     holds_kv_cache: ClassVar[bool] = True
 
     def __init__(self, *, dtype: Dtype = "float16") -> None:

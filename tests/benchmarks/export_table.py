@@ -2,16 +2,19 @@
 
     python tests/benchmarks/export_table.py
 
-The model is a Llama of width 256, which every preset's groups divide; widths that do not fit are refused case by case.
+A star says that the plan's activations are left to the engine. The model is a Llama of width 256, which every preset's
+groups divide; widths that do not fit are refused case by case.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from kdqat.allocate import Uniform
 from kdqat.calibrate import Calibration
-from kdqat.exporters.words import words_that_hold
+from kdqat.exporters.dequantized import activations_of
+from kdqat.exporters.words import exporter_of, format_words, words_that_hold
 from kdqat.initializers import RTN
 from kdqat.models import ModelSource, SplitModel
 from kdqat.quant import LSQ
@@ -33,14 +36,36 @@ def wide_student(scheme: str) -> Student:
 
 
 def table() -> str:
-    """Markdown; presets that go into the same formats share a row."""
+    """Markdown; presets that go into the same formats share a row, without the formats that hold every preset."""
     rows: dict[tuple[str, ...], list[str]] = {}
+    everywhere = set(format_words())
+    held: dict[str, tuple[str, ...]] = {}
     for name in PRESETS:
-        rows.setdefault(tuple(words_that_hold(wide_student(name))), []).append(name)
+        student = wide_student(name)
+        holding = words_that_hold(student)
+        everywhere &= set(holding)
+        lost = activations_of(student.plan)
+        held[name] = tuple(f"`{w}`{'*' if lost and not exporter_of(w).holds_activations else ''}" for w in holding)
+    for name, words in held.items():
+        own = tuple(word for word in words if word.strip("`*") not in everywhere)
+        rows.setdefault(own, []).append(name)
     lines = ["| preset | formats that hold it losslessly |", "| --- | --- |"]
-    for words, names in sorted(rows.items(), key=lambda row: -len(row[0])):
-        lines.append(f"| {', '.join(f'`{n}`' for n in names)} | {', '.join(f'`{w}`' for w in words) or 'none'} |")
-    return "\n".join(lines)
+    for own, names in sorted(rows.items(), key=lambda row: -len(row[0])):
+        lines.append(f"| {folded(names)} | {', '.join(own) or 'none'} |")
+    shared = ", ".join(f"`{word}`" for word in format_words() if word in everywhere)
+    return "\n".join([*lines, f"| every preset | {shared} |"])
+
+
+def folded(names: list[str]) -> str:
+    """Presets that differ in group size only are written once: `W4A16`, `_G32`, `_G64`."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        stem, group = re.fullmatch(r"(.*?)(_G\d+)?", name).groups()  # type: ignore[union-attr]
+        families.setdefault(stem, []).append(group or "")
+    words = []
+    for stem, (first, *others) in families.items():
+        words += [f"`{stem}{first}`", *(f"`{group}`" for group in others)]
+    return ", ".join(words)
 
 
 if __name__ == "__main__":
