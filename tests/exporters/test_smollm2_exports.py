@@ -1,4 +1,4 @@
-"""SmolLM2-135M after a few steps, into every format that holds its plan: no code and no scale changes on the way."""
+"""SmolLM2-135M after a few steps, in the formats that its plan is meant for: no code and no scale changes."""
 
 from __future__ import annotations
 
