@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from kdqat.callbacks.arguments import check_numbers
 from kdqat.callbacks.choose import chosen_layers
 from kdqat.callbacks.schedule import Schedule, Window, trained
 from kdqat.models import blocks_of
@@ -93,8 +94,7 @@ class BlockProgressive(Schedule):
         order: Literal["first_to_last", "last_to_first"] = "first_to_last",
         keep_trained: bool = True,
     ) -> None:
-        if steps_per_block < 1:
-            raise ValueError(f"BlockProgressive: steps_per_block must be at least 1, not {steps_per_block}")
+        check_numbers("BlockProgressive", steps_per_block=steps_per_block)
         if order not in ("first_to_last", "last_to_first"):
             raise ValueError(f"BlockProgressive: order {order!r} is unknown: use first_to_last or last_to_first")
         super().__init__()
@@ -133,8 +133,7 @@ class ScalesFirst(Schedule):
     """
 
     def __init__(self, *, steps: int, then: Literal["all", "weights"] = "all") -> None:
-        if steps < 1:
-            raise ValueError(f"ScalesFirst: steps must be at least 1, not {steps}")
+        check_numbers("ScalesFirst", steps=steps)
         if then not in ("all", "weights"):
             raise ValueError(f"ScalesFirst: then {then!r} is unknown: use all or weights")
         super().__init__()

@@ -16,21 +16,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kdqat.callbacks.observed import check_numbers, chosen_layers, grid_of_step, offer_batch, pass_of
-from kdqat.student import Student
-from kdqat.training.edits import Observer
+from kdqat.callbacks.arguments import check_numbers
+from kdqat.callbacks.observed import LayerObserver, grid_of_step, offer_batch, pass_of
 from kdqat.training.energies import loss_scale, signal_to_noise, weight_energies
 from kdqat.training.grid import GridRows
 from kdqat.training.probe import Probe, live_split, require_live
 from kdqat.training.probe.probe import full_precision_energies
-from kdqat.training.signals import recorder_of
 from kdqat.training.step import summed_over_ranks
 from kdqat.types import LayerRef
 
 log = logging.getLogger(__name__)
 
 
-class GradientLog(Observer):
+class GradientLog(LayerObserver):
     """Logs, before clipping: energy and energy_per_element of the weight's gradient, snr (signal-to-noise, from two
     batch sizes; needs accumulate_grad_batches of 2 or more), update_ratio (how far weights moved in one step, in grid
     steps); and from the probe, frozen layers included, probe_weight_energy and probe_activation_energy.
@@ -66,21 +64,14 @@ class GradientLog(Observer):
                       num_rows=num_rows, num_tokens=num_tokens, max_rows=max_rows)  # fmt: skip
         if full_precision_ratio and probe_every_n_steps is None:
             raise ValueError("GradientLog: full_precision_ratio is measured by the probe: set probe_every_n_steps")
-        self.every_n_steps, self.probe_every_n_steps = every_n_steps, probe_every_n_steps
-        self.select: dict[str, Any] = {"roles": roles, "blocks": blocks, "layers": layers}
-        self.full_precision_ratio = full_precision_ratio
+        super().__init__(every_n_steps=every_n_steps, roles=roles, blocks=blocks, layers=layers,
+                         probe_every_n_steps=probe_every_n_steps)  # fmt: skip
+        self.probe_every_n_steps, self.full_precision_ratio = probe_every_n_steps, full_precision_ratio
         self.num_rows, self.num_tokens, self.max_rows = num_rows, num_tokens, max_rows
-        self._recorder: Any = None
-        self._refs: list[LayerRef] = []
         self._probe_batch: Any = None
         self._first: tuple[list[LayerRef], Tensor, Tensor] | None = None  # energies of the first micro-batch, its count
         self._before: tuple[int, list[LayerRef], list[GridRows]] | None = None
         self._full: dict[str, Tensor] | None = None  # energies of the full-precision model
-
-    @property
-    def state_key(self) -> str:
-        periods = {"every_n_steps": self.every_n_steps, "probe_every_n_steps": self.probe_every_n_steps}
-        return self._generate_state_key(**periods, **self.select)
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         if stage != "fit" or self.probe_every_n_steps is None:
@@ -95,17 +86,13 @@ class GradientLog(Observer):
                 )
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        self._recorder = recorder_of(trainer, "GradientLog")
-        self._refs = chosen_layers(module.student, "GradientLog", **self.select)
+        super().on_train_start(trainer, module)
         if self.probe_every_n_steps is not None:
             probe = self._probe()
             probe.gradient_steps.add(self.probe_every_n_steps)
             probe.cross_entropy |= self.full_precision_ratio
         if trainer.accumulate_grad_batches == 1:
             log.info("GradientLog: snr needs two batch sizes; set accumulate_grad_batches to 2 or more to have it")
-
-    def require_matches(self, student: Student) -> None:
-        chosen_layers(student, "GradientLog", **self.select)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if self.probe_every_n_steps is not None:
@@ -169,9 +156,6 @@ class GradientLog(Observer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._probe_batch = state_dict["probe"]
-
-    def _due(self, trainer: L.Trainer) -> bool:
-        return trainer.global_step % self.every_n_steps == 0
 
     def _probe(self) -> Probe:
         return self._recorder.probe(self.num_rows, self.num_tokens)

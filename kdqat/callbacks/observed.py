@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,33 +11,58 @@ import lightning as L
 
 from kdqat.models import layer_refs, select_layers
 from kdqat.student import Student
+from kdqat.training.edits import Observer
 from kdqat.training.grid import GridRows, grid_rows
 from kdqat.training.probe import Probe, ProbePass
 from kdqat.training.probe.probe import probed_layers
-from kdqat.training.signals import SignalRecorder
+from kdqat.training.signals import SignalRecorder, recorder_of
 from kdqat.types import LayerRef
 
 
-def check_numbers(who: str, **numbers: int | None) -> None:
-    """
-    Raises:
-        ValueError: for a number below 1, naming the key.
-    """
-    for key, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{who}: {key} must be at least 1, not {value}")
+class LayerObserver(Observer, ABC):
+    """Looks at chosen layers of the plan every so many steps, and notes what it finds with the run's recorder.
 
+    What it looks at and how often tells its state apart in a checkpoint.
 
-def chosen_layers(
-    student: Student,
-    who: str,
-    *,
-    roles: Collection[str] | None,
-    blocks: Collection[int] | None,
-    layers: Collection[str] | None,
-) -> list[LayerRef]:
-    """The fake-quantized layers to look at; errors as `select_layers`."""
-    return select_layers(student.refs, roles=roles, blocks=blocks, layers=layers, who=who)
+    Args:
+        every_n_steps: optimizer steps between measurements, from step 0.
+        roles, blocks, layers: which layers; see `select_layers`. None: all.
+        further: other periods that it has.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int,
+        roles: Sequence[str] | None,
+        blocks: Sequence[int] | None,
+        layers: Sequence[str] | None,
+        **further: int | None,
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.select: dict[str, Any] = {"roles": roles, "blocks": blocks, "layers": layers}
+        self._further = further
+        self._recorder: Any = None
+        self._refs: list[LayerRef] = []
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(every_n_steps=self.every_n_steps, **self._further, **self.select)
+
+    @abstractmethod
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Find the recorder and the layers; each observer adds what it prepares."""
+        self._recorder = recorder_of(trainer, type(self).__name__)
+        self._refs = self._chosen(module.student)
+
+    def require_matches(self, student: Student) -> None:
+        self._chosen(student)
+
+    def _chosen(self, student: Student) -> list[LayerRef]:
+        return select_layers(student.refs, **self.select, who=type(self).__name__)
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        return trainer.global_step % self.every_n_steps == 0
 
 
 def offer_batch(probe: Probe, saved: Any, trainer: L.Trainer, batch: Any) -> None:

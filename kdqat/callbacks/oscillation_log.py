@@ -14,22 +14,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kdqat.callbacks.observed import check_numbers, chosen_layers, grid_of_step
-from kdqat.student import Student
-from kdqat.training.edits import Observer
+from kdqat.callbacks.arguments import check_numbers
+from kdqat.callbacks.observed import LayerObserver, grid_of_step
 from kdqat.training.grid import GridRows
-from kdqat.training.signals import recorder_of
-from kdqat.types import LayerRef
 
 
-class OscillationLog(Observer):
+class OscillationLog(LayerObserver):
     """Logs by layer: flipped (share of codes that one step changed), oscillating (share that flipped against the
     direction of their last recorded flip), near_threshold, clipped, and scale_drift (mean |log2 scale / first scale|).
 
     It looks at some rows of every weight. Memory on the device, of each weight looked at: 1 byte for the direction of
     its last flip; in a measured step two snapshots of 9 bytes, an int8 code among them (64 rows of all layers of
     Llama-2-7B are 80 million weights: 0.08 GB, and 1.4 GB during a measured step). Directions are not saved: after
-    a resume every weight's next flip counts as its first. First scales are saved.
+    a resume, and after a change of bits, every weight's next flip counts as its first. First scales are saved; scales
+    after a change of bits are compared to them too.
 
     Args:
         every_n_steps: optimizer steps between measurements, from step 0.
@@ -54,32 +52,24 @@ class OscillationLog(Observer):
         check_numbers("OscillationLog", every_n_steps=every_n_steps, max_rows=max_rows)
         if not 0 < threshold_share <= 0.5:
             raise ValueError(f"OscillationLog: threshold_share lies in (0, 0.5], not {threshold_share}")
-        self.every_n_steps, self.threshold_share, self.max_rows = every_n_steps, threshold_share, max_rows
-        self.select: dict[str, Any] = {"roles": roles, "blocks": blocks, "layers": layers}
-        self._recorder: Any = None
-        self._refs: list[LayerRef] = []
+        super().__init__(every_n_steps=every_n_steps, roles=roles, blocks=blocks, layers=layers)
+        self.threshold_share, self.max_rows = threshold_share, max_rows
         self._before: tuple[int, list[GridRows]] | None = None
-        self._directions: dict[Any, Tensor] = {}  # of the last flip, -1 0 1, by GridRows.key
+        # by GridRows.key: directions of the last flips, -1 0 1, and the highest level of the grid they happened on
+        self._directions: dict[Any, tuple[Tensor, Tensor]] = {}
         self._first_scales: dict[str, Tensor] = {}  # by layer, on the CPU after a resume
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         self._first_scales = {}  # of a run before; a checkpoint's come after this
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(every_n_steps=self.every_n_steps, **self.select)
-
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        self._recorder = recorder_of(trainer, "OscillationLog")
-        refs, layers = chosen_layers(module.student, "OscillationLog", **self.select), module.student.layers
-        self._refs = [ref for ref in refs if layers[ref.name].weight_fake_quantizer is not None]
-
-    def require_matches(self, student: Student) -> None:
-        chosen_layers(student, "OscillationLog", **self.select)
+        super().on_train_start(trainer, module)
+        layers = module.student.layers
+        self._refs = [ref for ref in self._refs if layers[ref.name].weight_fake_quantizer is not None]
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Optimizer) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        if self._due(trainer):
             rows = grid_of_step(self._recorder, "before", module, self._refs, self.max_rows)
             self._before = trainer.global_step, rows
 
@@ -104,9 +94,9 @@ class OscillationLog(Observer):
 
     def _measured(self, old: GridRows, new: GridRows) -> dict[str, Tensor]:
         direction = (new.codes.to(torch.int16) - old.codes).sign().to(torch.int8)
-        last = self._directions.get(old.key)
-        against = torch.zeros_like(direction) if last is None else direction * last
-        self._directions[old.key] = direction if last is None else torch.where(direction != 0, direction, last)
+        last = self._last_directions(old)
+        against = direction * last
+        self._directions[old.key] = torch.where(direction != 0, direction, last), old.high
         clipped = old.offset > 1 + 1e-4  # rounding errors of fp32 are no clipping
         near = ((1 - old.offset).abs() < 2 * self.threshold_share) & ~clipped  # an offset of 1 is half a step
         return {
@@ -116,6 +106,13 @@ class OscillationLog(Observer):
             "clipped": old.mean(clipped),
             "scale_drift": old.mean(self._drift(old)),
         }
+
+    def _last_directions(self, rows: GridRows) -> Tensor:
+        """[R, N, G]; 0 where no flip was seen since the bits are what they are: other bits have other thresholds."""
+        if rows.key not in self._directions:
+            return torch.zeros_like(rows.codes)
+        last, high = self._directions[rows.key]
+        return last * (high == rows.high)
 
     def _drift(self, rows: GridRows) -> Tensor:
         """|log2 of scale over first scale|, [R, N, 1]."""

@@ -13,16 +13,14 @@ import lightning as L
 import torch
 from torch.optim import Optimizer
 
-from kdqat.callbacks.observed import check_numbers, chosen_layers, offer_batch, pass_of
-from kdqat.student import Student
-from kdqat.training.edits import Observer
+from kdqat.callbacks.arguments import check_numbers
+from kdqat.callbacks.observed import LayerObserver, offer_batch, pass_of
 from kdqat.training.probe import Probe, require_live
-from kdqat.training.signals import recorder_of
 from kdqat.training.tables import places_of, signal_values
 from kdqat.types import LayerRef
 
 
-class SignalLog(Observer):
+class SignalLog(LayerObserver):
     """Logs of every layer and block, teacher against student: sqnr_db, gain, cosine, mean_abs, variance, max_abs (and
     teacher_*), and of attention the entropy. One pass of the probe each time, shared with GradientLog's.
 
@@ -49,37 +47,27 @@ class SignalLog(Observer):
         num_tokens: int = 256,
     ) -> None:
         check_numbers("SignalLog", every_n_steps=every_n_steps, num_rows=num_rows, num_tokens=num_tokens)
-        self.every_n_steps, self.attention = every_n_steps, attention
-        self.select: dict[str, Any] = {"roles": roles, "blocks": blocks, "layers": layers}
-        self.num_rows, self.num_tokens = num_rows, num_tokens
-        self._recorder: Any = None
+        super().__init__(every_n_steps=every_n_steps, roles=roles, blocks=blocks, layers=layers)
+        self.attention, self.num_rows, self.num_tokens = attention, num_rows, num_tokens
         self._places: dict[str, LayerRef] = {}
         self._probe_batch: Any = None
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(every_n_steps=self.every_n_steps, **self.select)
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         if stage == "fit":
             require_live(module.teacher, "SignalLog")
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        self._recorder = recorder_of(trainer, "SignalLog")
-        refs = chosen_layers(module.student, "SignalLog", **self.select)
-        everything = not any(self.select.values())
+        super().on_train_start(trainer, module)
+        everything, refs = not any(self.select.values()), self._refs
         self._places = places_of(module.student.model, refs) if everything else {ref.name: ref for ref in refs}
         self._probe().attention |= self.attention
-
-    def require_matches(self, student: Student) -> None:
-        chosen_layers(student, "SignalLog", **self.select)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         offer_batch(self._probe(), self._probe_batch, trainer, batch)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Optimizer) -> None:
-        if trainer.global_step % self.every_n_steps:
+        if not self._due(trainer):
             return
         seen, batch = pass_of(self._probe(), trainer, module), self._probe().batch
         assert batch is not None

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kdqat.callbacks.arguments import check_numbers
 from kdqat.callbacks.checksum import local_part
 from kdqat.student import Student
 from kdqat.training import Observer
@@ -32,8 +33,7 @@ class ZeroGradients(Observer):
     """
 
     def __init__(self, *, every_n_steps: int = 200) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"ZeroGradients: every_n_steps must be at least 1, not {every_n_steps}")
+        check_numbers("ZeroGradients", every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self._said: set[str] = set()
 

@@ -78,7 +78,8 @@ def as_rtn(student: Student) -> Iterator[Student]:
         yield student
     finally:
         for name, layer in student.layers.items():
-            layer.replace_quantizers(weight=before[name])
+            quantizer = before[name]  # the model may have gone to an accelerator without it
+            layer.replace_quantizers(weight=None if quantizer is None else quantizer.to(layer.weight.device))
 
 
 def plain_state(student: Student) -> dict[str, torch.Tensor]:

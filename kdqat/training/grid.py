@@ -36,6 +36,7 @@ class GridRows(NamedTuple):
     scale: Tensor  # [R, N or 1, 1] as stored
     codes: Tensor  # [R, N, G] int8: the nearest level's number in ascending order, see `_ranks`
     offset: Tensor  # [R, N, G] fp32: how far that level is, 1 at the threshold to the next one; clipped: further
+    high: Tensor  # [R, 1, 1] the highest level now: a schedule of bits changes it, and the spec stays the plan's
     spec: QuantSpec
 
     def mean(self, values: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class GridRows(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Two snapshots of one key are comparable weight by weight."""
+        """Two snapshots of one key are of the same weights; their codes are comparable where `high` is the same."""
         return tuple(ref.name for ref in self.refs), self.counts, self.spec
 
 
@@ -124,16 +125,20 @@ def _stack(items: list[_Rows]) -> GridRows:
     steps = steps + zero_point if spec.zero_point == "integer" else steps
     half = half_gap(torch.minimum(torch.maximum(steps, low), high), level, grid)
     offset = (steps - level).abs() / half
-    return GridRows(tuple(item.ref for item in items), counts, weights, scale, _ranks(level, spec), offset, spec)
+    codes = _ranks(level, spec, low, high)
+    return GridRows(tuple(item.ref for item in items), counts, weights, scale, codes, offset, high, spec)
 
 
-def _ranks(level: Tensor, spec: QuantSpec) -> Tensor:
-    """Levels as numbers in ascending order, from the middle of the grid, int8: no format has more than 256."""
+def _ranks(level: Tensor, spec: QuantSpec, low: Tensor, high: Tensor) -> Tensor:
+    """Levels as numbers in ascending order, from the middle of the grid, int8: no format has more than 256.
+
+    Args:
+        low, high: the live ends of the grid, of which integers are counted from the middle.
+    """
     number = spec.number
     if number.kind == "integer":
-        low, high = spec.qrange()
         half = 0.5 if spec.zero_point == "half" else 0.0
-        return (level - half - round(low + high + 1 - 2 * half) // 2).to(torch.int8)
+        return (level - half - ((low + high + 1) / 2 - half).floor()).to(torch.int8)
     values = number.levels if number.kind == "codebook" else number.code_values()
     table = torch.tensor(sorted({value for value in values if math.isfinite(value)})).to(level)
     return (torch.bucketize(level, table) - len(table) // 2).to(torch.int8)

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/smollm2_sweep.py MODEL.gguf DATA_DIR OUT_DIR SETTING [SETTING ...]
 
-A setting is SCHEME[,key=value ...]: lr, scale_ratio, warmup, final, beta2, clip, init, quantizer, frozen (a part of
-names), steps, loss, seed, zero, hidden, cosine, opt, batch, accumulate, compile, only (one evaluation text), windows
-(evaluate on so many), teacher (hidden, top_k: answers written beforehand), k, kv, deploy (activation quantization only
-in evaluation), freeze (roles, as o+v), precision (bf16-mixed), granularity (of the weights, instead of the scheme's).
+A setting is SCHEME[,key=value ...], where SCHEME is a preset or the path of a plan (.json). Keys: lr, scale_ratio,
+warmup, final, beta2, clip, init, quantizer, frozen (a part of names), steps, loss, seed, zero, hidden, cosine, opt,
+batch, accumulate, compile, only (one evaluation text), windows (evaluate on so many), teacher (hidden, top_k: answers
+written beforehand), k, kv, deploy (activation quantization only in evaluation), freeze (roles, as o+v), precision
+(bf16-mixed), granularity (of the weights, instead of the scheme's), data (how many of the training texts, C4 first).
 Rows append to OUT_DIR/sweep.jsonl; settings that it has already are passed over.
 Static activation ranges and FPQ are calibrated on the first training text.
 """
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from kdqat import api
-from kdqat.allocate import Uniform
+from kdqat.allocate import BitAllocator, FromFile, Uniform
 from kdqat.calibrate import Calibration
 from kdqat.callbacks import Freeze
 from kdqat.data import PackedText, TextSource
@@ -148,10 +149,14 @@ def train_one(
     }[args.get("quantizer", "lsq")]
     initializer = {"mse": MSEGrid, "rtn": RTN, "fpq": FPQ}[args.get("init", "mse")]()
     deploy: Any = ("activation",) if args.get("deploy") == "1" else ()
-    what: Any = preset(scheme)
-    if "granularity" in args:
-        what = replace(what, weight=replace(what.weight, granularity=args["granularity"]))
-    allocator = Uniform(what, kv_cache=args.get("kv"), deploy_only=deploy)
+    allocator: BitAllocator
+    if scheme.endswith(".json"):
+        allocator = FromFile(scheme)
+    else:
+        what: Any = preset(scheme)
+        if "granularity" in args:
+            what = replace(what, weight=replace(what.weight, granularity=args["granularity"]))
+        allocator = Uniform(what, kv_cache=args.get("kv"), deploy_only=deploy)
     split = copy.deepcopy(original).to(device)  # searches are the GPU's work
     student = prepare_student(
         source, allocator, quantizer, initializer, calibration=calibration(folder), split=split, tokenizer=tokenizer
@@ -172,7 +177,10 @@ def train_one(
         loss = WeightedSum([loss, HiddenStates("cosine")], [1.0, float(args["cosine"])])
     steps = int(args.get("steps", 300))
     data = PackedText(
-        texts(folder), seq_len=1024, batch_size=int(args.get("batch", 16)), shuffle_seed=int(args.get("seed", 0))
+        texts(folder)[: int(args["data"]) if "data" in args else None],
+        seq_len=1024,
+        batch_size=int(args.get("batch", 16)),
+        shuffle_seed=int(args.get("seed", 0)),
     )
     api.bind_data(data, student)
     teacher: Teacher = FrozenTeacher(dtype="bfloat16", compile=args.get("compile", "0") == "1")

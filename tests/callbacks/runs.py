@@ -10,7 +10,7 @@ import lightning as L
 import torch
 
 from kdqat import api
-from kdqat.training import Checkpoints, KDQATModule
+from kdqat.training import Checkpoints, KDQATModule, Steer
 from tests.training.toy import Loader, batch, make_module
 
 SAME = batch(2, seed=0)  # every step's batch: the toy's loader does not know where it was
@@ -47,3 +47,14 @@ def resumed_ends_the_same(make: Callable[[], L.Callback], folder: Path, *, steps
     saved = folder / "whole" / "checkpoints" / f"step={at:08d}.ckpt"
     _, again = fit([make()], folder / "again", steps=steps, resume=saved)
     return same(state(whole), state(again))
+
+
+class Louder(Steer):
+    """Multiplies the logged loss from a step on (the module makes it after the callbacks' on_after_backward)."""
+
+    def __init__(self, start: int, by: float = 100.0) -> None:
+        self.start, self.by = start, by
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step >= self.start:
+            module._to_log["loss"] = module._to_log["loss"] * self.by

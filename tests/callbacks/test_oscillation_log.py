@@ -15,8 +15,9 @@ from kdqat.quant import MinMax
 from kdqat.quant.formats import decode
 from kdqat.spec import QuantSpec
 from kdqat.student import attach_adapters
-from kdqat.training.grid import _ranks, grid_rows
+from kdqat.training.grid import GridRows, _ranks, grid_rows
 from kdqat.training.signals import SignalRecorder
+from kdqat.types import LayerRef
 from tests.training.toy import make_module
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -109,12 +110,41 @@ def test_codes_are_of_the_weight_with_the_adapter_inside_of_its_quantizer() -> N
     assert numbers["flipped"] == pytest.approx(2)
 
 
+def test_directions_begin_anew_when_a_schedule_has_changed_the_bits() -> None:
+    bench = Bench()
+    bench.moved([0.4], [0.6])
+    bench.layer.weight_fake_quantizer.set_bits(8)
+    assert bench.moved([0.6], [0.4])["oscillating"] == 0  # on this grid the first flip
+    assert bench.moved([0.4], [0.6])["oscillating"] == pytest.approx(1)
+
+
+def test_directions_of_layers_that_keep_their_bits_are_kept() -> None:
+    log, layers = OscillationLog(), tuple(LayerRef(name, 0, "q", ()) for name in "ab")
+
+    def flipped(code: int, highest: list[float]) -> list[float]:
+        """The share of each layer's one weight that oscillates when its code becomes 0."""
+        one, high = torch.ones(2, 1, 1), torch.tensor(highest).view(2, 1, 1)
+        old = GridRows(layers, (1, 1), one, one, (code * one).to(torch.int8), one, high, QuantSpec(format="int4"))
+        return log._measured(old, old._replace(codes=torch.zeros_like(old.codes)))["oscillating"].tolist()
+
+    assert flipped(1, [127, 127]) == [0, 0]  # down
+    assert flipped(-1, [127, 7]) == [1, 0]  # up
+    assert flipped(1, [127, 7]) == [1, 1]
+
+
 @pytest.mark.parametrize(
-    "scheme", ["W4A16_G32", "W4A16", "W8A16_ASYM_G32", "W2A16_G32", "NF4", "MXFP4", "GGUF_Q4_0", "GGUF_Q4_1"]
+    ("scheme", "bits"),
+    [
+        *((name, None) for name in ("W4A16_G32", "W4A16", "W8A16_ASYM_G32", "W2A16_G32", "NF4", "MXFP4")),
+        *((name, None) for name in ("GGUF_Q4_0", "GGUF_Q4_1")),
+        *(("W4A16_G32", 8), ("W8A16_ASYM_G32", 4), ("W4A16_ASYM_G32", 8), ("GGUF_Q4_1", 8)),
+    ],
 )
-def test_codes_are_the_exporters_in_ascending_order_of_their_levels(scheme: str) -> None:
+def test_codes_are_the_exporters_in_ascending_order_of_their_levels(scheme: str, bits: int | None) -> None:
     module = make_module(plan=Uniform(scheme), quantizer=MinMax, initializer=RTN())
     module.build()
+    for layer in module.student.layers.values() if bits else ():
+        layer.weight_fake_quantizer.set_bits(bits)  # as a schedule of bits does
     refs = [ref for ref in layer_refs(module.student.model) if ref.name in module.student.layers]
     compared = 0
     for rows in grid_rows(module.split, refs, module.student.layers, None):
@@ -132,12 +162,11 @@ def test_codes_are_the_exporters_in_ascending_order_of_their_levels(scheme: str)
 def test_codes_of_one_byte_are_in_order_for_every_kind_of_grid(number: str, half: bool) -> None:
     spec = QuantSpec(format=number, zero_point="half") if half else QuantSpec(format=number)
     if spec.number.kind == "integer":
-        low, high = spec.qrange()
-        levels = torch.arange(low, high + 1)
+        levels = torch.arange(spec.qrange()[0], spec.qrange()[1] + 1)
     else:
         levels = torch.tensor(spec.number.code_values())
         levels = levels[levels.isfinite()].unique()
-    codes = _ranks(levels, spec)
+    codes = _ranks(levels, spec, levels.min(), levels.max())
     assert codes.dtype == torch.int8 and bool((codes.int().diff() > 0).all())
 
 

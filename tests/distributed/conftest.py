@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.runs import DDP, SHARDED, SINGLE, Jobs, callback, fsdp2, write_inputs
+from tests.distributed.runs import DDP, SHARDED, SINGLE, STRATEGIES, Jobs, callback, fsdp2, write_inputs
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +39,7 @@ def two(folder: Path) -> Jobs:
     recomputed = {"checkpoint_blocks": True}
     jobs.add("fsdp2_recomputed", fsdp2(), parallel={**SHARDED, **recomputed}, chunk_tokens=8)
     jobs.add("ddp_recomputed", DDP, parallel=recomputed, chunk_tokens=8)
-    for name, trainer, parallel in (("ddp", DDP, {}), ("fsdp2", fsdp2(), SHARDED)):
+    for name, (trainer, parallel) in STRATEGIES.items():
         jobs.add(f"{name}_stopped", trainer, parallel=parallel, callbacks=(callback("StopRankZero", at=4),))
         jobs.resume(f"{name}_stopped")
         jobs.add(f"{name}_broken", trainer, parallel=parallel, callbacks=(callback("BreakRankOne", at=5),))

@@ -45,6 +45,9 @@ def fsdp2(*, save_distributed_checkpoint: bool = False) -> dict[str, Any]:
     }
 
 
+STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {"ddp": (DDP, {}), "fsdp2": (fsdp2(), SHARDED)}
+
+
 def callback(name: str, **arguments: Any) -> dict[str, Any]:
     """A class of `disturb` in a recipe."""
     return {"class_path": f"disturb.{name}", "init_args": arguments}
@@ -173,6 +176,15 @@ class Jobs:
         """Fit the recipe made of `arguments` and `recipe` (see `write_recipe`)."""
         self.calls[name] = ["fit", str(write_recipe(self.folder, name, *arguments, **recipe))]
 
+    def add_stopped(
+        self, name: str, *arguments: Any, callbacks: tuple[dict[str, Any], ...] = (), **recipe: Any
+    ) -> None:
+        """Fit the recipe as `name`, and as `name`_stopped once more, with a signal on the way, and resume that one."""
+        self.add(name, *arguments, callbacks=callbacks, **recipe)
+        stopped = (*callbacks, callback("StopRankZero", at=4))
+        self.add(f"{name}_stopped", *arguments, callbacks=stopped, **recipe)
+        self.resume(f"{name}_stopped")
+
     def resume(self, name: str) -> None:
         """Go on with an earlier job."""
         self.calls[f"{name}, resumed"] = [*self.calls[name], "--resume"]
@@ -244,3 +256,21 @@ def weight_difference(a: Path, b: Path) -> float:
     if ours.keys() != theirs.keys():
         return float("inf")
     return max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
+
+
+def require_same_training(ours: Path, theirs: Path) -> None:
+    """Fail unless two runs, of however many processes, have the same curves and end with the same weights."""
+    for column in ("train/kl", "train/grad_norm"):
+        difference = curve_difference(ours, theirs, column)
+        assert difference < 1e-5, f"{ours.name}, {column}: {difference:.1e}"
+    difference = weight_difference(ours, theirs)
+    assert difference < 1e-6, f"{ours.name}, weights: {difference:.1e}"
+
+
+def require_same_end(jobs: Jobs, name: str) -> None:
+    """Fail unless what `add_stopped` stopped and resumed has every bit of the uninterrupted run."""
+    codes = [jobs.codes(job) for job in (name, f"{name}_stopped", f"{name}_stopped, resumed")]
+    assert codes == [[0, 0], [143, 0], [0, 0]], f"{codes}\n{jobs.logs[0][-3000:]}"
+    whole, stopped = jobs.folder / name, jobs.folder / f"{name}_stopped"
+    assert curve(stopped, "train/kl") == curve(whole, "train/kl") != {}
+    assert weight_difference(stopped, whole) == 0

@@ -16,11 +16,10 @@ from tests.distributed.runs import (
     SHARDED,
     SINGLE,
     Jobs,
-    callback,
     curve_difference,
     fsdp2,
+    require_same_end,
     weight_difference,
-    write_inputs,
 )
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -29,6 +28,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "fsdp2_inside": (fsdp2(), {"parallel": {**SHARDED, "checkpoint_blocks": True}}, "inside"),
     "fsdp2_outside": (fsdp2(), {"parallel": SHARDED}, "outside"),
 }
+STOPPED = "fsdp2_inside"  # once more, with a signal on the way
 
 
 def adapters(placement: str) -> dict[str, Any]:
@@ -36,28 +36,19 @@ def adapters(placement: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("adapters")
-    write_inputs(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def single(folder: Path) -> Jobs:
-    jobs = Jobs(folder, "single")
+def one(folder: Path) -> Jobs:
+    jobs = Jobs(folder, "adapters_one")
     for placement in ("inside", "outside"):
         jobs.add(f"single_{placement}", SINGLE, batch_size=4, callbacks=(adapters(placement),))
     return jobs.run(1)
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path) -> Jobs:
-    jobs = Jobs(folder, "two")
+def pair(folder: Path) -> Jobs:
+    jobs = Jobs(folder, "adapters_pair")
     for name, (trainer, further, placement) in RUNS.items():
-        jobs.add(name, trainer, callbacks=(adapters(placement),), **further)
-    stops = (adapters("inside"), callback("StopRankZero", at=4))
-    jobs.add("fsdp2_stopped", fsdp2(), callbacks=stops, **RUNS["fsdp2_inside"][1])
-    jobs.resume("fsdp2_stopped")
+        add = jobs.add_stopped if name == STOPPED else jobs.add
+        add(name, trainer, callbacks=(adapters(placement),), **further)
     jobs.add("fsdp2_shared", fsdp2(), parallel=SHARDED, callbacks=(adapters("inside"),))
     path = folder / "fsdp2_shared.yaml"
     recipe = yaml.safe_load(path.read_text())
@@ -67,10 +58,10 @@ def two(folder: Path) -> Jobs:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_follow_one(single: Jobs, two: Jobs, name: str) -> None:
-    assert two.codes(name) == [0, 0], two.logs[0][-3000:]
+def test_two_processes_follow_one(one: Jobs, pair: Jobs, name: str) -> None:
+    assert pair.codes(name) == [0, 0], pair.logs[0][-3000:]
     placement = RUNS[name][2]
-    run, other = two.folder / name, single.folder / f"single_{placement}"
+    run, other = pair.folder / name, one.folder / f"single_{placement}"
     assert curve_difference(run, other) < 1e-4 and weight_difference(run, other) < 1e-5
     ours, theirs = (load_file(path / "student" / "model.safetensors") for path in (run, other))
     assert ours.keys() == theirs.keys() and not any("adapter" in key for key in ours)
@@ -78,19 +69,18 @@ def test_two_processes_follow_one(single: Jobs, two: Jobs, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_first_process_alone_writes_what_became_of_the_adapters(two: Jobs, name: str) -> None:
-    inside, run = RUNS[name][2] == "inside", two.folder / name
+def test_the_first_process_alone_writes_what_became_of_the_adapters(pair: Jobs, name: str) -> None:
+    inside, run = RUNS[name][2] == "inside", pair.folder / name
     found = json.loads((run / "adapters.json").read_text())
     assert found["merged"]["layers"] == (14 if inside else 0) and bool(found["outside"]) != inside
     assert (run / "adapter").is_dir() == inside and (run / "student" / "adapter").is_dir() != inside
-    assert not any("adapter" in path for path in two.results[1][name]["written"])
+    assert not any("adapter" in path for path in pair.results[1][name]["written"])
 
 
-def test_a_stopped_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(two: Jobs) -> None:
-    assert two.codes("fsdp2_stopped") == [143, 0] and two.codes("fsdp2_stopped, resumed") == [0, 0]
-    assert weight_difference(two.folder / "fsdp2_inside", two.folder / "fsdp2_stopped") == 0
+def test_a_stopped_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(pair: Jobs) -> None:
+    require_same_end(pair, STOPPED)
 
 
-def test_a_shared_teacher_is_legal_under_fsdp2(single: Jobs, two: Jobs) -> None:
-    assert two.codes("fsdp2_shared") == [0, 0], two.logs[0][-3000:]
-    assert curve_difference(two.folder / "fsdp2_shared", single.folder / "single_inside") < 1e-4
+def test_a_shared_teacher_is_legal_under_fsdp2(one: Jobs, pair: Jobs) -> None:
+    assert pair.codes("fsdp2_shared") == [0, 0], pair.logs[0][-3000:]
+    assert curve_difference(pair.folder / "fsdp2_shared", one.folder / "single_inside") < 1e-4

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.distributed.runs import (
-    DDP,
     SHARDED,
     SINGLE,
+    STRATEGIES,
     Jobs,
     callback,
     curve_difference,
@@ -21,12 +21,13 @@ from tests.distributed.runs import (
     write_recipe,
 )
 
-BOTH = {"ddp": (DDP, {}), "fsdp2": (fsdp2(), SHARDED)}
-both = pytest.mark.parametrize(("trainer", "parallel"), BOTH.values(), ids=BOTH)
+both = pytest.mark.parametrize(("trainer", "parallel"), STRATEGIES.values(), ids=STRATEGIES)
 
 
 @pytest.mark.parametrize(
-    ("trainer", "parallel"), [pytest.param(*BOTH["ddp"], marks=pytest.mark.slow), BOTH["fsdp2"]], ids=BOTH
+    ("trainer", "parallel"),
+    [pytest.param(*STRATEGIES["ddp"], marks=pytest.mark.slow), STRATEGIES["fsdp2"]],
+    ids=STRATEGIES,
 )  # a process of each that Lightning starts costs 15 s; test_same_loss.py has both in every run
 def test_fit_trains_saves_the_best_and_evaluates_as_one_process_does(
     trainer: dict[str, Any], parallel: dict[str, bool], single: Jobs, folder: Path

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.distributed.runs import DDP, SHARDED, SINGLE, Jobs, checkpoint, curve, fsdp2
+from tests.distributed.runs import SINGLE, STRATEGIES, Jobs, checkpoint, curve
 
 pytestmark = pytest.mark.slow  # a minute of two processes each; `pytest -m slow tests/distributed`
 
@@ -19,7 +19,6 @@ OBSERVERS: tuple[dict[str, Any], ...] = (
     {"class_path": "SignalLog", "init_args": {"every_n_steps": 1, "num_tokens": 40}},
     {"class_path": "OscillationLog", "init_args": {"every_n_steps": 2, "max_rows": None}},
 )
-STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {"ddp": (DDP, {}), "fsdp2": (fsdp2(), SHARDED)}
 
 
 @pytest.fixture(scope="module")

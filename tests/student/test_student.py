@@ -168,6 +168,13 @@ def test_inside_as_rtn_it_is_the_rtn_baseline_and_afterwards_itself_again(scheme
     assert all(a is b.weight_fake_quantizer for a, b in zip(objects, student.layers.values(), strict=True))
 
 
+def test_a_model_moved_inside_as_rtn_gets_its_quantizers_back_on_the_device_where_it_now_is():
+    student = prepare("W4A16_G32")
+    with as_rtn(student):
+        student.model.to("meta")  # as an evaluation on a GPU does
+    assert all(tensor.is_meta for layer in student.layers.values() for tensor in layer.weight_fake_quantizer.buffers())
+
+
 def test_as_rtn_takes_absmax_whatever_the_students_rule_and_restores_after_an_error():
     spec = {"format": "int4", "scale_rule": "signed_max", "scale_dtype": "float16"}
     student = prepare({"weight": spec})
