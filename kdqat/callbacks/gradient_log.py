@@ -7,6 +7,7 @@ largest in low-bit training, and freezes these. This is the instrument for it: d
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kdqat.callbacks.arguments import check_numbers
-from kdqat.callbacks.observed import LayerObserver, grid_of_step, offer_batch, pass_of
+from kdqat.callbacks.observed import LayerObserver, grid_of_step, is_whole_step, offer_batch, pass_of
 from kdqat.training.energies import loss_scale, signal_to_noise, weight_energies
 from kdqat.training.grid import GridRows
 from kdqat.training.probe import Probe, live_split, require_live
@@ -70,6 +71,7 @@ class GradientLog(LayerObserver):
         self.num_rows, self.num_tokens, self.max_rows = num_rows, num_tokens, max_rows
         self._probe_batch: Any = None
         self._first: tuple[list[LayerRef], Tensor, Tensor] | None = None  # energies of the first micro-batch, its count
+        self._sized: tuple[list[LayerRef], Tensor] = [], torch.zeros(0)  # weights of each layer
         self._before: tuple[int, list[LayerRef], list[GridRows]] | None = None
         self._full: dict[str, Tensor] | None = None  # energies of the full-precision model
 
@@ -100,10 +102,13 @@ class GradientLog(LayerObserver):
 
     @torch.no_grad()
     def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
+        whole = is_whole_step(trainer)
+        if whole and self.probe_every_n_steps is not None and trainer.global_step % self.probe_every_n_steps == 0:
+            self._note_probe(trainer, module)
         if not self._due(trainer) or trainer.accumulate_grad_batches == 1:
             return
         step, world_size, sharded = module._step, trainer.world_size, module.parallel.shard
-        if not trainer.fit_loop._should_accumulate():  # the module has yet to make a mean of the gradients
+        if whole:  # the module has yet to make a mean of the gradients
             self._total = step.over_ranks(world_size)["num"].clamp(min=1)
         elif len(step.micro_batches) == 1:
             # FSDP2 has averaged over the ranks already; DDP waits for the last micro-batch, so these are a rank's own
@@ -127,16 +132,16 @@ class GradientLog(LayerObserver):
             if getattr(optimizer, "_step_supports_amp_scaling", False):  # it takes the loss scale out by itself, later
                 energies = energies / loss_scale(trainer) ** 2
             self._note(step, "energy", refs, energies)
-            sizes = torch.tensor([float(layers[ref.name].weight.numel()) for ref in refs])
-            self._note(step, "energy_per_element", refs, energies / sizes.to(energies))
+            if refs != self._sized[0]:  # layers at rest have no gradient; kept, for a copy to the device is waited for
+                sizes = [float(layers[ref.name].weight.numel()) for ref in refs]
+                self._sized = refs, torch.tensor(sizes).to(energies)
+            self._note(step, "energy_per_element", refs, energies / self._sized[1])
             if self._first is not None and self._first[0] == refs:
                 self._note(step, "snr", refs, signal_to_noise(*self._first[1:], energies, self._total))
             self._first = None
             rounded = [ref for ref in self._refs if layers[ref.name].weight_fake_quantizer is not None]
             before = grid_of_step(self._recorder, "before", module, rounded, self.max_rows)
             self._before = step, rounded, before
-        if self.probe_every_n_steps is not None and step % self.probe_every_n_steps == 0:
-            self._note_probe(trainer, module)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
@@ -160,7 +165,7 @@ class GradientLog(LayerObserver):
     def _probe(self) -> Probe:
         return self._recorder.probe(self.num_rows, self.num_tokens)
 
-    def _note(self, step: int, metric: str, refs: Sequence[LayerRef], values: Tensor) -> None:
+    def _note(self, step: int, metric: str, refs: Sequence[LayerRef | None], values: Tensor) -> None:
         if len(refs):
             self._recorder.add(step, "gradient", metric, refs, values)
 
@@ -168,15 +173,14 @@ class GradientLog(LayerObserver):
         step, seen = trainer.global_step, pass_of(self._probe(), trainer, module)
         places = {ref.name: ref for ref in self._refs}
         for metric, (names, values) in seen.loss.items():
-            kept = [i for i, name in enumerate(names) if name in places]
-            self._note(step, f"probe_{metric}", [places[names[i]] for i in kept], values[kept])
+            self._note(step, f"probe_{metric}", [places.get(name) for name in names], values)
         if self.full_precision_ratio:
             full = self._full_precision(trainer, module, list(seen.student.inputs))
             names, values = seen.cross_entropy["weight_energy"]
-            kept = [i for i, name in enumerate(names) if name in places and name in full]
-            if kept:  # a selection may have no layer that the probe sees
-                ratio = values[kept] / torch.stack([full[names[i]] for i in kept])
-                self._note(step, "ce_weight_energy_ratio", [places[names[i]] for i in kept], ratio)
+            if names:  # a plan of embeddings alone has no layer that the probe sees
+                ratio = values / torch.stack([full.get(name, torch.full_like(values[0], math.nan)) for name in names])
+                asked = [places.get(name) if name in full else None for name in names]
+                self._note(step, "ce_weight_energy_ratio", asked, ratio)
 
     def _full_precision(self, trainer: L.Trainer, module: Any, names: list[str]) -> dict[str, Tensor]:
         """Energies of the teacher's own gradient, which stays what it is: measured once."""

@@ -72,14 +72,22 @@ def offer_batch(probe: Probe, saved: Any, trainer: L.Trainer, batch: Any) -> Non
     probe.offer(batch, partial(trainer.strategy.broadcast, src=0))
 
 
+def is_whole_step(trainer: L.Trainer) -> bool:
+    """In `on_after_backward`: whether no micro-batch of this step is to come.
+
+    That is where to look with the probe. The weights are those of the step, and the GPU still computes the backward
+    pass while the probe's many small kernels are launched; later the module has waited for the loss.
+    """
+    return not trainer.fit_loop._should_accumulate()
+
+
 def pass_of(probe: Probe, trainer: L.Trainer, module: Any) -> ProbePass:
     """This step's pass of the probe over all layers that it can see."""
-    planned = module.student.layers
-    refs = probed_layers(module.split, layer_refs(module.student.model), planned)
+    student = module.student
     return probe.at(
         trainer.global_step,
         module.split,
-        refs,
+        lambda: probed_layers(module.split, layer_refs(student.model), student.layers),
         teacher=module.teacher,
         loss=module.loss,
         context=trainer.precision_plugin.forward_context,

@@ -117,8 +117,9 @@ class OscillationLog(LayerObserver):
     def _drift(self, rows: GridRows) -> Tensor:
         """|log2 of scale over first scale|, [R, N, 1]."""
         for ref, scale in zip(rows.refs, rows.scale.split(list(rows.counts)), strict=True):
-            first = self._first_scales.setdefault(ref.name, scale.clone())
-            if first.device != scale.device:
-                self._first_scales[ref.name] = first.to(scale.device)
+            if ref.name not in self._first_scales:
+                self._first_scales[ref.name] = scale.clone()
+            elif self._first_scales[ref.name].device != scale.device:
+                self._first_scales[ref.name] = self._first_scales[ref.name].to(scale.device)
         first = torch.cat([self._first_scales[ref.name] for ref in rows.refs])
         return (rows.scale / first).abs().log2().abs()

@@ -11,10 +11,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.optim import Optimizer
 
 from kdqat.callbacks.arguments import check_numbers
-from kdqat.callbacks.observed import LayerObserver, offer_batch, pass_of
+from kdqat.callbacks.observed import LayerObserver, is_whole_step, offer_batch, pass_of
 from kdqat.training.probe import Probe, require_live
 from kdqat.training.tables import places_of, signal_values
 from kdqat.types import LayerRef
@@ -66,8 +65,8 @@ class SignalLog(LayerObserver):
         offer_batch(self._probe(), self._probe_batch, trainer, batch)
 
     @torch.no_grad()
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Optimizer) -> None:
-        if not self._due(trainer):
+    def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
+        if not self._due(trainer) or not is_whole_step(trainer):
             return
         seen, batch = pass_of(self._probe(), trainer, module), self._probe().batch
         assert batch is not None

@@ -7,6 +7,7 @@ gathers the root's parameters, the head among them, and they stay gathered until
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdqat.models.kv_cache import use_eager_attention
+from kdqat.models.positions import counted_by_the_model
 from kdqat.models.roles import family_of, logit_transform
 from kdqat.quant import FakeQuantLinear
 from kdqat.types import Batch, Outputs, Projection
@@ -56,7 +58,8 @@ class SplitModel(nn.Module):
             kwargs[f"output_{want}"] = True
         if not self.family.causal:
             kwargs.pop("use_cache")
-        answer = self.model.get_submodule(self.family.body)(**kwargs)
+        with counted_by_the_model() if {"position_ids", "attention_mask"}.isdisjoint(kwargs) else nullcontext():
+            answer = self.model.get_submodule(self.family.body)(**kwargs)
         extras = {want: tuple(getattr(answer, want)) for want in wants}
         return Outputs(answer.last_hidden_state, self.head, extras, self.projection if self.projects else None)
 

@@ -105,6 +105,11 @@ class FakeQuantizer(nn.Module, ABC):
             setattr(self, name, nn.Parameter(start))
 
     @property
+    def has_second_level(self) -> bool:
+        """Whether its scales are stored in a code of their own, which `second_level` explains."""
+        return bool(self._second_level)
+
+    @property
     def grid(self) -> Grid:
         """The levels, as tensors on this module's device."""
         return Grid(self._kind, self.qmin, self.qmax, self._offset, self.mantissa_bits, self.min_exponent, self.levels)
@@ -227,13 +232,7 @@ class FakeQuantizer(nn.Module, ABC):
 
     def as_stored(self, wanted: QParams) -> QParams:
         """`wanted` scale and zero point rounded to what the spec stores, fp32; no gradient."""
-        scale, zero_point = wanted.scale.detach().float(), wanted.zero_point.detach().float()
-        dtype, second = self.spec.scale_dtype, self._second(wanted)
-        if self.spec.zero_point == "integer":
-            zero_point = torch.clamp(zero_point, self.qmin, self.qmax).round()
-        elif self.spec.zero_point == "minimum":
-            zero_point = scales.round_minimum(dtype, zero_point, second)
-        return QParams(scales.round_scale(dtype, scale, second), zero_point)
+        return round_qparams(wanted, self.spec, self.qmin, self.qmax, self._second(wanted))
 
     def _stored(self, groups: Tensor) -> QParams:
         wanted = self.qparams(groups)
@@ -253,6 +252,23 @@ class FakeQuantizer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.spec.format}, {self.spec.granularity}, group_size={self.spec.group_size}"
+
+
+def round_qparams(
+    wanted: QParams, spec: QuantSpec, low: Tensor, high: Tensor, second_level: Mapping[str, Tensor] | None = None
+) -> QParams:
+    """`wanted` scale and zero point rounded to what `spec` stores, fp32; no gradient.
+
+    Args:
+        low, high: the codes' ends, which a zero point lies between.
+        second_level: of the scales; None where `spec` has none.
+    """
+    scale, zero_point, second = wanted.scale.detach().float(), wanted.zero_point.detach().float(), second_level or {}
+    if spec.zero_point == "integer":
+        zero_point = torch.clamp(zero_point, low, high).round()
+    elif spec.zero_point == "minimum":
+        zero_point = scales.round_minimum(spec.scale_dtype, zero_point, second)
+    return QParams(scales.round_scale(spec.scale_dtype, scale, second), zero_point)
 
 
 QuantizerFactory: TypeAlias = Callable[[QuantSpec, torch.Size], FakeQuantizer]

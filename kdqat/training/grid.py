@@ -20,6 +20,7 @@ from kdqat.models import SplitModel, blocks_of
 from kdqat.quant import FakeQuantizer
 from kdqat.quant.formats import Grid, half_gap
 from kdqat.quant.functional import quantize
+from kdqat.quant.quantizer import round_qparams
 from kdqat.spec import QuantSpec
 from kdqat.training.probe.plain import gathered
 from kdqat.types import LayerRef, QParams
@@ -56,7 +57,7 @@ class _Rows(NamedTuple):
     ref: LayerRef
     quantizer: FakeQuantizer
     matrix: Tensor
-    qparams: QParams
+    qparams: QParams  # as stored where scales have a second level; else `_stack` rounds those of many layers at once
 
 
 @torch.no_grad()
@@ -94,8 +95,8 @@ def grid_rows(
 
 
 def _rows(ref: LayerRef, quantizer: FakeQuantizer, matrix: Tensor, max_rows: int | None) -> _Rows:
-    wanted = quantizer.qparams(matrix if quantizer.skips_groups else quantizer.groups(matrix))
-    stored = quantizer.as_stored(wanted)
+    found = quantizer.qparams(matrix if quantizer.skips_groups else quantizer.groups(matrix))
+    found = quantizer.as_stored(found) if quantizer.has_second_level else found
     height = matrix.shape[0]
     stride = 1 if max_rows is None else max(1, -(-height // max_rows))
     count = len(range(0, height, stride))
@@ -105,20 +106,19 @@ def _rows(ref: LayerRef, quantizer: FakeQuantizer, matrix: Tensor, max_rows: int
         return values[::stride] if values.shape[0] == height else values.expand(count, -1, -1)
 
     # a copy: with an adapter inside, a view would keep a whole matrix of its own
-    return _Rows(ref, quantizer, matrix[::stride].contiguous(), QParams(some(stored.scale), some(stored.zero_point)))
+    return _Rows(ref, quantizer, matrix[::stride].contiguous(), QParams(some(found.scale), some(found.zero_point)))
 
 
 def _stack(items: list[_Rows]) -> GridRows:
     first, spec = items[0].quantizer, items[0].quantizer.spec
     counts = tuple(len(item.matrix) for item in items)
     weights = first.groups(torch.cat([item.matrix for item in items]))
-    scale, zero_point = (torch.cat([item.qparams[i] for item in items]) for i in (0, 1))
-    ends = [(item.quantizer.qmin, item.quantizer.qmax) for item in items]  # a schedule of bits changes them in place
-    repeats = torch.tensor(counts, device=weights.device)
-    low, high = (
-        torch.repeat_interleave(torch.stack(list(side)), repeats, output_size=sum(counts)).view(-1, 1, 1)
-        for side in zip(*ends, strict=True)
+    low, high = (  # a schedule of bits changes them in place
+        torch.cat([getattr(item.quantizer, end).expand(len(item.matrix)) for item in items]).view(-1, 1, 1)
+        for end in ("qmin", "qmax")
     )
+    qparams = QParams(*(torch.cat([item.qparams[i] for item in items]) for i in (0, 1)))
+    scale, zero_point = qparams if first.has_second_level else round_qparams(qparams, spec, low, high)
     grid: Grid = first.grid._replace(low=low, high=high)
     level = quantize(weights, QParams(scale, zero_point), grid, spec)
     steps = (weights - zero_point) / scale if spec.zero_point == "minimum" else weights / scale

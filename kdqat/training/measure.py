@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -86,9 +87,10 @@ def measure_signals(student: Student, teacher: Teacher, batch: Batch) -> list[Ro
     return rows
 
 
-def _rows(source: str, metric: str, places: list[LayerRef], values: torch.Tensor) -> list[Row]:
+def _rows(source: str, metric: str, places: Sequence[LayerRef | None], values: torch.Tensor) -> list[Row]:
     return [
         {"step": 0, "source": source, "metric": metric, "block": -1 if ref.block is None else ref.block,
          "role": ref.role, "layer": ref.name, "value": value}
         for ref, value in zip(places, values.double().tolist(), strict=True)
+        if ref is not None
     ]  # fmt: skip

@@ -51,7 +51,7 @@ class _Pending(NamedTuple):
     step: int
     source: str
     metric: str
-    places: Sequence[LayerRef]
+    places: Sequence[LayerRef | None]
     values: Tensor
 
 
@@ -76,8 +76,8 @@ class SignalRecorder(Observer):
         """The run's probe of this size: one for all who ask."""
         return self._probes.setdefault((num_rows, num_tokens), Probe(num_rows, num_tokens))
 
-    def add(self, step: int, source: str, metric: str, places: Sequence[LayerRef], values: Tensor) -> None:
-        """Note `values` [L] of `places`, on whatever device; nothing waits for it.
+    def add(self, step: int, source: str, metric: str, places: Sequence[LayerRef | None], values: Tensor) -> None:
+        """Note `values` [L] of `places`, on whatever device; nothing waits for it. A place of None: nobody asked.
 
         A value of the whole model belongs to LayerRef("", None, "", ()).
         """
@@ -134,15 +134,18 @@ class SignalRecorder(Observer):
         pending, self._pending = self._pending, []
         if not pending:
             return SCHEMA.empty_table()
-        values = torch.cat([item.values.flatten() for item in pending]).tolist()
+        everything = torch.cat([item.values.flatten() for item in pending]).tolist()
         columns: list[list[Any]] = [[] for _ in SCHEMA]
+        wanted = (place for item in pending for place in item.places)
         for item in pending:
             for ref in item.places:
+                if ref is None:
+                    continue
                 block = -1 if ref.block is None else ref.block
                 row = (item.step, item.source, item.metric, block, ref.role, ref.name)
                 for column, cell in zip(columns, row, strict=False):
                     column.append(cell)
-        columns[-1] = values
+        columns[-1] = [value for value, place in zip(everything, wanted, strict=True) if place is not None]
         self._tables.append(pa.table(columns, schema=SCHEMA))
         return self._tables[-1]
 

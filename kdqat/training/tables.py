@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from kdqat.training.probe import ProbePass, compare
@@ -19,12 +18,10 @@ def places_of(model: nn.Module, refs: Sequence[LayerRef]) -> dict[str, LayerRef]
 
 def signal_values(
     seen: ProbePass, batch: Batch, places: Mapping[str, LayerRef]
-) -> Iterator[tuple[str, list[LayerRef], Tensor]]:
-    """Metric, places and values [L] of student against teacher; padding is left out."""
+) -> Iterator[tuple[str, list[LayerRef | None], Tensor]]:
+    """Metric, places and values [L] of student against teacher, None for a place that is not among `places`; padding
+    is left out."""
     assert seen.teacher is not None
     positions = None if batch.attention_mask is None else batch.attention_mask.flatten().nonzero().squeeze(1)
     for metric, (names, values) in compare(seen.student, seen.teacher, positions).items():
-        kept = [i for i, name in enumerate(names) if name in places]
-        if kept:
-            index = torch.tensor(kept, device=values.device)
-            yield metric, [places[names[i]] for i in kept], values[index]
+        yield metric, [places.get(name) for name in names], values  # no selection there: it would wait for the device

@@ -47,6 +47,17 @@ def test_a_value_becomes_a_row_of_the_contract() -> None:
     ]
 
 
+def test_a_value_whose_place_nobody_asked_for_is_no_row() -> None:
+    recorder = SignalRecorder()
+    recorder.add(3, "signal", "gain", [None, O0, None], torch.tensor([1.0, 0.5, 2.0]))
+    recorder.add(3, "signal", "gain", [None], torch.tensor([4.0]))
+    recorder.add(3, "signal", "cosine", [O1], torch.tensor([0.25]))
+    assert [(r["metric"], r["layer"], r["value"]) for r in recorder.table().to_pylist()] == [
+        ("gain", O0.name, 0.5),
+        ("cosine", O1.name, 0.25),
+    ]
+
+
 def test_loggers_get_means_by_role_at_the_step_of_the_row_and_maxima_of_maxima() -> None:
     recorder, trainer = SignalRecorder(), fake_trainer()
     recorder.add(7, "gradient", "energy", [O0, O1, Q0], torch.tensor([1.0, 3.0, 5.0]))

@@ -34,7 +34,8 @@ def compare(student: Seen, teacher: Seen, positions: Tensor | None = None) -> Va
     pairs = {name: (teacher.outputs[name].detach(), output.detach()) for name, output in student.outputs.items()}
     parts = [_pair(names, *stacks) for names, stacks in stacked(pairs, positions)]
     for metric, entropies in (("entropy", student.entropy), ("teacher_entropy", teacher.entropy)):
-        parts += [{metric: ([name], _mean(values, positions)[None])} for name, values in entropies.items()]
+        if entropies:
+            parts.append({metric: (list(entropies), _mean(torch.stack(list(entropies.values())), positions))})
     return joined(parts)
 
 
@@ -52,6 +53,6 @@ def _pair(names: list[str], teacher: Tensor, student: Tensor) -> Values:
 
 
 def _mean(entropy: Tensor, positions: Tensor | None) -> Tensor:
-    """[B, heads, T] over heads and the tokens that count."""
-    by_token = entropy.mean(1).flatten()
-    return (by_token if positions is None else by_token[positions]).mean()
+    """[L, B, heads, T] over heads and the tokens that count: [L]."""
+    by_token = entropy.mean(2).flatten(1)
+    return (by_token if positions is None else by_token[:, positions]).mean(1)

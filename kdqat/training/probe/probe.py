@@ -127,13 +127,15 @@ class Probe:
         """The batch, for a checkpoint."""
         return None if self.batch is None else _on_cpu(self.batch)
 
-    def at(self, step: int, student: SplitModel, layers: Sequence[LayerRef], **arguments: Any) -> ProbePass:
+    def at(
+        self, step: int, student: SplitModel, layers: Callable[[], Sequence[LayerRef]], **arguments: Any
+    ) -> ProbePass:
         """The pass of `step`: made once, whoever asks; arguments as `probe_pass`."""
         if self._pass is None or self._pass[0] != step:
             assert self.batch is not None
             wanted = any(step % every == 0 for every in self.gradient_steps)
             arguments |= {"attention": self.attention, "gradients": wanted, "cross_entropy": self.cross_entropy}
-            self._pass = step, probe_pass(student, self.batch, [ref.name for ref in layers], **arguments)
+            self._pass = step, probe_pass(student, self.batch, [ref.name for ref in layers()], **arguments)
         return self._pass[1]
 
     def forget(self) -> None:
