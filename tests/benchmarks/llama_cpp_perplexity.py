@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/llama_cpp_perplexity.py [windows of a text]
 
 Of an F32 file nothing is rounded on either side, so what differs there is evaluation. Of Q4_0 and Q8_0 files llama.cpp
-rounds the inputs of every matmul to 8 bits in blocks of 32 (ggml's Q8_0); the last column is the student with its
-inputs rounded likewise, which separates that from everything else. CPU only; needs `xllamacpp`.
+rounds the inputs of every matmul to 8 bits in blocks of 32 (ggml's Q8_0); the last columns are the student with its
+inputs rounded likewise. "By token" is the mean and the largest difference of a token's NLL, in nats: perplexities agree
+where differences of both signs cancel, too. CPU only; needs `xllamacpp`.
 """
 
 from __future__ import annotations
@@ -53,9 +54,16 @@ def inputs_in_q8_0(student: Student) -> Iterator[None]:
             hook.remove()
 
 
+def beside(other: Tensor, ours: Tensor) -> list[str]:
+    """Perplexity of `other`, its difference from that of `ours`, mean and largest difference of a token's NLL."""
+    perplexity, by_token = other.mean().exp(), (other - ours).abs()
+    share = float(perplexity / ours.mean().exp() - 1)
+    return [f"{float(perplexity):.4f}", f"{share:+.3%}", f"{float(by_token.mean()):.4f}, {float(by_token.max()):.3f}"]
+
+
 def main(limit: int) -> None:
-    print("| file | text | student | llama.cpp | differs | student, inputs in Q8_0 | llama.cpp differs from that |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| file | text | student | llama.cpp | differs | by token | student, inputs in Q8_0 | differs | by token |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, (scheme, arguments) in FILES.items():
         student = trained(MODEL, scheme, num_steps=0 if name == "F32" else 2, lr=1e-5)
         for layer in student.layers.values() if name == "F32" else ():
@@ -66,12 +74,11 @@ def main(limit: int) -> None:
             for text in TEXTS:
                 begun = time.perf_counter()
                 ids = windows(text, student.tokenizer, 128, limit=limit).to(torch.int64)
-                theirs = asked_llama_cpp(folder, ids, "a")["nll"].mean().exp()
-                ours = nll_of(student, ids).mean().exp()
+                theirs, ours = asked_llama_cpp(folder, ids, "a")["nll"], nll_of(student, ids)
                 with inputs_in_q8_0(student):
-                    likewise = nll_of(student, ids).mean().exp()
-                print(f"| {name} | {text}, {limit} x 128 | {ours:.4f} | {theirs:.4f} | {theirs / ours - 1:+.3%} | "
-                      f"{likewise:.4f} | {theirs / likewise - 1:+.3%} |", flush=True)  # fmt: skip
+                    likewise = nll_of(student, ids)
+                cells = [f"{float(ours.mean().exp()):.4f}", *beside(theirs, ours), *beside(likewise, ours)]
+                print(f"| {name} | {text}, {limit} x 128 | {' | '.join(cells)} |", flush=True)
                 print(f"{time.perf_counter() - begun:.0f} s", file=sys.stderr)
 
 
