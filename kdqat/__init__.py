@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "kdqat.api": ("cache", "evaluate", "export", "fit", "quantize", "signals"),
-    "kdqat.allocate": ("BitAllocator", "ByImportance", "FromFile", "Knapsack", "Uniform"),
+    "kdqat.allocate": ("BitAllocator", "ByImportance", "FromCheckpoint", "FromFile", "Knapsack", "Uniform"),
     "kdqat.callbacks": (
         "BitSchedule",
         "BlockProgressive",
@@ -30,7 +30,8 @@ _PUBLIC = {
     "kdqat.data": ("ChatTurns", "PackedText", "PythonDocs", "TextSource"),
     "kdqat.calibrate": ("Calibration",),
     "kdqat.evaluators": ("EmbeddingAgreement", "Evaluator", "Perplexity", "TeacherAgreement"),
-    "kdqat.exporters": ("DequantizedHF", "Exporter"),
+    # AWQ and GPTQ are the initializers here; the formats of these names are kdqat.exporters.AWQ and .GPTQ
+    "kdqat.exporters": ("GGUF", "ONNX", "CompressedTensors", "DequantizedHF", "Exporter", "TorchAO"),
     "kdqat.importance": (
         "LIM",
         "ZD",
@@ -41,7 +42,17 @@ _PUBLIC = {
         "OutputKL",
         "WeightSQNR",
     ),
-    "kdqat.initializers": ("AWQ", "FPQ", "GPTQ", "RTN", "Initializer", "MSEGrid", "QuantoMax", "SignRound"),
+    "kdqat.initializers": (
+        "AWQ",
+        "FPQ",
+        "GPTQ",
+        "RTN",
+        "Initializer",
+        "MSEGrid",
+        "QuantoMax",
+        "SignRound",
+        "StoredScales",
+    ),
     "kdqat.losses": (
         "CAKLD",
         "TVD",
@@ -74,7 +85,7 @@ _PUBLIC = {
         "strip_fake_quant",
     ),
     "kdqat.spec": ("LayerScheme", "QuantPlan", "QuantSpec", "Scores", "preset", "quanto_scheme"),
-    "kdqat.student": ("Student", "load_student", "prepare_student", "save_student"),
+    "kdqat.student": ("GGUFPlan", "GGUFScales", "Student", "load_student", "prepare_student", "save_student"),
     "kdqat.training": ("Checkpoints", "KDQATModule", "Parallel", "WarmupCosine"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

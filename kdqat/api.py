@@ -24,8 +24,8 @@ from kdqat.calibrate import Calibration
 from kdqat.callbacks import ProgressLine, StopOnSignal, missing_guards
 from kdqat.data import TextData
 from kdqat.evaluators import Evaluator
-from kdqat.exporters import Exporter
-from kdqat.files import whole_folder
+from kdqat.exporters.write import export as export  # likewise
+from kdqat.exporters.write import require_exportable as require_exportable
 from kdqat.initializers import Initializer, MSEGrid
 from kdqat.losses import DistillLoss, ForwardKL
 from kdqat.models import CachedTeacher, FrozenTeacher, ModelSource, Teacher
@@ -256,31 +256,6 @@ def evaluate(
         if judge is not teacher:
             judge.release()
     return results
-
-
-def export(student: Student, exporter: Exporter, out_dir: str | Path, *, overwrite: bool = False) -> Path:
-    """Write `student` into `out_dir`, whole or not at all; returns the folder.
-
-    Raises:
-        ValueError: if the format cannot hold the plan, or the folder exists.
-    """
-    out_dir = Path(out_dir)
-    require_exportable(student, exporter, out_dir, overwrite=overwrite)
-    with whole_folder(out_dir, overwrite=overwrite) as folder:
-        exporter.export(student, folder)
-    return out_dir
-
-
-def require_exportable(student: Student, exporter: Exporter, out_dir: Path, *, overwrite: bool) -> None:
-    """
-    Raises:
-        ValueError: if the format cannot hold the plan, or the folder exists and may not be overwritten.
-    """
-    reason = exporter.refuses(student.plan)
-    if reason:
-        raise ValueError(f"export {exporter.name}: {reason}")
-    if out_dir.exists() and not overwrite:
-        raise ValueError(f"{out_dir} exists already: use --overwrite (overwrite=True) or another folder")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -2,8 +2,9 @@
 
 from kdqat.allocate.base import BitAllocator
 from kdqat.allocate.by_importance import ByImportance
+from kdqat.allocate.from_checkpoint import FromCheckpoint
 from kdqat.allocate.from_file import FromFile
 from kdqat.allocate.knapsack import Knapsack
 from kdqat.allocate.uniform import Uniform
 
-__all__ = ["BitAllocator", "ByImportance", "FromFile", "Knapsack", "Uniform"]
+__all__ = ["BitAllocator", "ByImportance", "FromCheckpoint", "FromFile", "Knapsack", "Uniform"]

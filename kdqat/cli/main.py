@@ -24,7 +24,7 @@ VERBS = {
     "validate": "KL and perplexity on the recipe's validation rows     -> validation.json",
     "eval": "perplexity and agreement with the teacher             -> eval.json",
     "signals": "what quantization does to every layer's signal        -> signals.json",
-    "export": "write the formats of the recipe                       -> export/FORMAT/",
+    "export": "write serving formats, read back to prove them        -> export/FORMAT/",
     "generate": "let a run's student continue a prompt",
     "study": "many runs of one recipe: variations, seeds, screening -> results, table, plot",
     "report": "what is in a run directory, without loading torch",
@@ -72,6 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
             verb.add_argument("--text", default="python_docs:heldout", help="what both models read")
             verb.add_argument("--num_rows", type=int, default=8, help="rows of it")
             verb.add_argument("--num_tokens", type=int, default=256, help="tokens of each")
+        if name in ("fit", "export"):
+            verb.add_argument("--no_verify", action="store_true", help="do not read exports back to prove them")
+        if name == "export":
+            verb.add_argument("--format", action="append", metavar="NAME[:VARIANT]",
+                              help="a format, e.g. gguf:q4_0, instead of the recipe's; may be repeated")  # fmt: skip
+            verb.add_argument("--out", type=Path, metavar="DIR", help="write DIR/FORMAT/ instead of RUN/export/FORMAT/")
         if name == "fit":
             verb.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
             verb.add_argument("--dry_run", action="store_true", help="print memory and time of the run; run nothing")

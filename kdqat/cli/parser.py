@@ -27,6 +27,7 @@ from kdqat import (
     losses,
     models,
     quant,
+    student,
     training,
 )
 from kdqat.cli.explain import explain, keys_of, nearest
@@ -40,7 +41,8 @@ from kdqat.study.settings import SECTIONS
 from kdqat.training import KDQATModule
 
 METHODS = (
-    allocate, callbacks, data, evaluators, exporters, importance, initializers, losses, models, quant, training
+    allocate, callbacks, data, evaluators, exporters, importance, initializers, losses, models, quant, student,
+    training,
 )  # fmt: skip
 
 

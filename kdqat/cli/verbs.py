@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import lightning as L
 from rich.console import Console
@@ -13,6 +12,7 @@ from kdqat import api
 from kdqat.callbacks import StopOnSignal
 from kdqat.cli.allocation import write_allocation
 from kdqat.cli.cache import cache
+from kdqat.cli.export import export, require_exportable, write_exports
 from kdqat.cli.parser import Recipe, parse_recipe
 from kdqat.cli.score import score
 from kdqat.cli.session import (
@@ -30,8 +30,7 @@ from kdqat.cli.session import (
     teacher_of,
 )
 from kdqat.cli.signals import signals
-from kdqat.exporters import Exporter
-from kdqat.student import Student, load_student
+from kdqat.student import load_student
 from kdqat.training import newest_complete
 from kdqat.training.edits import edits_among
 from kdqat.training.gather import gather_student
@@ -70,8 +69,8 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     student = recipe.model.build(prepared, device_of(recipe.trainer.get("accelerator")))
     if prepared is not None:  # the plan is the one that lies there
         _require_matches(recipe, trainer.callbacks)  # type: ignore[attr-defined]
-    for exporter in recipe.exporters:  # now, not after hours of training
-        api.require_exportable(student, exporter, recipe.run.export / exporter.name, overwrite=overwrite)
+    # now, not after hours of training
+    require_exportable(student, recipe.exporters, recipe.run.export, overwrite=overwrite)
     api.bind_data(recipe.data, student)
     api.require_answers(recipe.model, recipe.data)
     start("fit", recipe, options)
@@ -99,7 +98,7 @@ def fit(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     console.print(f"trained student: {recipe.run.student}")
     if recipe.evaluators:
         compare(recipe, student, recipe.run.student)
-    _export(student, recipe.exporters, recipe.run.export, overwrite=overwrite)
+    write_exports(student, recipe.exporters, recipe.run.export, recipe.run, options)
     return 0
 
 
@@ -143,18 +142,6 @@ def eval(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     measure_rtn(recipe, None)
     start("eval", recipe, options)
     compare(recipe, student, folder)
-
-
-def export(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Write every format of the recipe's export section into export/FORMAT/."""
-    recipe = begin("export", options, overrides)
-    if not recipe.exporters:
-        raise ValueError(f"{options.recipe}: export needs an export section (docs/recipes.md)")
-    student = load_student(student_folder(recipe.run))
-    for exporter in recipe.exporters:
-        api.require_exportable(student, exporter, recipe.run.export / exporter.name, overwrite=options.overwrite)
-    start("export", recipe, options)
-    _export(student, recipe.exporters, recipe.run.export, overwrite=options.overwrite)
 
 
 def generate(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -209,9 +196,3 @@ def _announce(recipe: Recipe) -> None:
         describe(api.plan_memory(recipe.model, recipe.data, recipe.trainer), console)
     except Exception as error:  # a plan that fails must not stop the run it is about
         console.print(f"memory: no plan ({error})")
-
-
-def _export(student: Student, exporters: Sequence[Exporter], folder: Path, *, overwrite: bool) -> None:
-    for exporter in exporters:
-        where = api.export(student, exporter, folder / exporter.name, overwrite=overwrite)
-        console.print(f"exported {exporter.name}: {where}")

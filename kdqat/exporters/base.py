@@ -1,30 +1,70 @@
-"""What an exporter is: it writes the codes and scales a student trained with, and never recomputes them."""
+"""What an exporter is: it writes the codes and scales a student trained with, and never recomputes them.
+
+What it wrote is read back by somebody else (`reader`): a script that has never heard of kdqat, run in a process of its
+own. The parity gate (`parity.py`) compares what it read with what the student computes.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import nn
-
-from kdqat.spec import QuantPlan
 from kdqat.student import Student
 
 
 class Exporter(ABC):
-    """One serving format. `name` is its folder under export/ and its word on the command line."""
+    """One serving format.
 
-    name: ClassVar[str]
+    Class attributes, or properties where they depend on the constructor's arguments:
+        name: its folder under export/.
+        words: what the command line calls it -> the constructor's arguments for that, e.g.
+            {"gguf:q4_0": {"type": "q4_0"}}; empty: its `name`.
+        reader: file in `kdqat/exporters/readers/`, or the path of a script elsewhere; None: nothing independent can
+            read this format, and its exports say so.
+        compute_dtype: in which the reader holds dequantized weights: "float32", "bfloat16" or "float16".
+        holds_activations: whether the format says how activations are quantized; else that is left to the engine.
+        applies_activations: whether the reader quantizes activations as the plan says; else its logits are compared
+            with those of the student's quantized weights alone.
+        holds_kv_cache: whether the format holds scales of a KV cache; the reader then answers with these, and where
+            it computes in float32, its model quantizes the cache.
+        library_name: of the model card, as the Hugging Face hub knows it.
+    """
+
+    words: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    reader: ClassVar[str | None]
+    holds_activations: ClassVar[bool] = False
+    applies_activations: ClassVar[bool] = False
+    holds_kv_cache: ClassVar[bool] = False
+    library_name: ClassVar[str] = "transformers"
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    def compute_dtype(self) -> str:
+        return "float32"
+
+    @property
+    def plain_dtype(self) -> str:
+        """In which the format holds what the plan leaves alone, at the worst; its logits are judged by that, too."""
+        return "float32"
 
     @abstractmethod
-    def refuses(self, plan: QuantPlan) -> str | None:
-        """Why this format cannot hold `plan` losslessly: layer, reason, nearest format that fits; None if it can."""
+    def refuses(self, student: Student) -> str | None:
+        """Why this format cannot hold the student's plan losslessly: layer, reason, nearest format that fits; None if
+        it can. It is asked before training as well, so it looks at plan and shapes and not at weights."""
 
     @abstractmethod
     def export(self, student: Student, out_dir: Path) -> None:
-        """Write the student into the empty folder `out_dir`, the plan with it."""
+        """Write codes and scales as stored into the empty folder `out_dir`, with config, tokenizer and plan."""
 
-    @abstractmethod
-    def reload(self, out_dir: Path) -> nn.Module:
-        """Read the folder back through an independent reader, as a user would."""
+    def serving(self, student: Student, folder: str) -> Mapping[str, str]:
+        """Engine -> the command (or the lines of Python) that runs the export `folder` in it, for the model card."""
+        return {}
+
+    def reader_missing(self) -> str | None:
+        """The package its reader needs and how to install it; None if it is there."""
+        return None

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from kdqat.exporters.base import Exporter
 from kdqat.models.source import Dtype, auto_class
@@ -32,11 +32,21 @@ class DequantizedHF(Exporter):
     """
 
     name: ClassVar[str] = "dequantized"
+    words: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "dequantized": {},
+        "dequantized:bfloat16": {"dtype": "bfloat16"},
+        "dequantized:float16": {"dtype": "float16"},
+    }
+    reader: ClassVar[str | None] = "transformers_weights.py"
 
     def __init__(self, *, dtype: Dtype = "float32") -> None:
         self.dtype = dtype
 
-    def refuses(self, plan: QuantPlan) -> str | None:
+    @property
+    def compute_dtype(self) -> str:
+        return self.dtype
+
+    def refuses(self, student: Student) -> str | None:
         return None  # every grid is a set of numbers
 
     @torch.no_grad()
@@ -62,10 +72,21 @@ class DequantizedHF(Exporter):
         student.tokenizer.save_pretrained(out_dir)
         student.plan.save(out_dir)
 
-    def reload(self, out_dir: Path) -> nn.Module:
-        from transformers import AutoConfig
-
-        return auto_class(AutoConfig.from_pretrained(out_dir)).from_pretrained(out_dir).eval()
+    def serving(self, student: Student, folder: str) -> Mapping[str, str]:
+        cls = auto_class(student.model.config).__name__
+        load = [
+            f"from transformers import {cls}, AutoTokenizer",
+            "",
+            f'model, tokenizer = {cls}.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")',
+        ]
+        if not student.split.family.causal or not student.split.has_head:
+            return {"transformers": "\n".join(load)}
+        load += [
+            'prompt = tokenizer("Once upon a time", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))",
+        ]
+        vllm = "vLLM (as fast as the base model, since the weights are plain floats)"
+        return {"transformers": "\n".join(load), vllm: f"vllm serve {folder}"}
 
 
 def activations_of(plan: QuantPlan) -> str:

@@ -8,5 +8,6 @@ from kdqat.initializers.mse_grid import MSEGrid
 from kdqat.initializers.quanto_max import QuantoMax
 from kdqat.initializers.rtn import RTN
 from kdqat.initializers.sign_round import SignRound
+from kdqat.initializers.stored_scales import StoredScales
 
-__all__ = ["AWQ", "FPQ", "GPTQ", "RTN", "Initializer", "MSEGrid", "QuantoMax", "SignRound"]
+__all__ = ["AWQ", "FPQ", "GPTQ", "RTN", "Initializer", "MSEGrid", "QuantoMax", "SignRound", "StoredScales"]

@@ -5,7 +5,6 @@ Weights are read from safetensors or GGUF only; pickled checkpoints are refused.
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +20,7 @@ from kdqat.files import sha256_of
 from kdqat.models.cast import cast_model
 from kdqat.models.fingerprint import files_fingerprint, folder_fingerprint
 from kdqat.models.package import find_model_in_package
+from kdqat.models.packed import load_packed_model, plain_config, quantization_of
 from kdqat.models.toy import TOYS, toy_model, toy_tokenizer
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class ModelSource:
         with _explained(self.path):
             config = AutoConfig.from_pretrained(where, **extra)
             weights = {} if "gguf_file" in extra else {"use_safetensors": True}
+            if Path(where).is_dir() and "gguf_file" not in extra and quantization_of(Path(where)):
+                return self._load_packed(Path(where), config)
             model = auto_class(config).from_pretrained(where, dtype=getattr(torch, self.dtype), **extra, **weights)
         if "gguf_file" in extra:
             _forget_gguf(model)
@@ -79,10 +81,14 @@ class ModelSource:
             with torch.device("meta"):
                 return cast_model(toy_model(self._toy_kind()), dtype).eval()
         with _explained(self.path):
-            config = copy.deepcopy(_config_of(replace(self, dtype="float32")))
+            config = plain_config(_config_of(replace(self, dtype="float32")))
             with torch.device("meta"):
                 model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
         return model.eval()
+
+    def _load_packed(self, folder: Path, config: Any) -> nn.Module:
+        dtype = getattr(torch, self.dtype)
+        return load_packed_model(folder, config, auto_class(config), dtype, trust_remote_code=self.trust_remote_code)
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer; errors as `load_model`."""

@@ -124,8 +124,8 @@ def _named() -> dict[str, LayerScheme]:
         "GGUF_Q4_1": QuantSpec(format="int4", **minimum, **group32),
         "GGUF_Q8_0": QuantSpec(format="int8", **group32, narrow=True),
         "GGUF_Q4_K": QuantSpec(format="int4", granularity="group", group_size=32, scale_dtype="k6", **minimum),
-        "GPTQ_4BIT_G128": _weight(4, 128),
-        "AWQ_4BIT_G128": _weight(4, 128, symmetric=False),
+        **{f"GPTQ_4BIT_G{size}": _weight(4, size) for size in (32, 64, 128)},
+        **{f"AWQ_4BIT_G{size}": _weight(4, size, symmetric=False) for size in (32, 64, 128)},
         "NF4": QuantSpec(**nf4),
         "NF4_DOUBLE": QuantSpec(**nf4, scale_dtype="double"),
     }

@@ -2,12 +2,15 @@
 
 from kdqat.student.adapters import attach_adapters, merge_adapters, merge_change
 from kdqat.student.folder import QPARAMS_FILE, STUDENT_FILE, load_student, save_student, stored_activation
+from kdqat.student.gguf import GGUFPlan, GGUFScales, student_from_gguf
 from kdqat.student.prepare import block_views, install_plan, prepare_student
 from kdqat.student.student import Student, as_rtn, plain_state, stored_bytes
 
 __all__ = [
     "QPARAMS_FILE",
     "STUDENT_FILE",
+    "GGUFPlan",
+    "GGUFScales",
     "Student",
     "as_rtn",
     "attach_adapters",
@@ -21,4 +24,5 @@ __all__ = [
     "save_student",
     "stored_activation",
     "stored_bytes",
+    "student_from_gguf",
 ]

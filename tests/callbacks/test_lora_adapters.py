@@ -28,6 +28,7 @@ from kdqat.student import Student, load_student, save_student
 from kdqat.training import Checkpoints, KDQATModule, Parallel
 from kdqat.training.gather import gather_student
 from tests.cli.recipes import write
+from tests.exporters.reading import loaded
 from tests.training.toy import batch, make_module, train
 
 IDS = torch.randint(3, 256, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -227,7 +228,7 @@ def test_the_shared_teacher_is_a_second_model_to_it(placement: Any) -> None:
 def test_the_dequantized_export_holds_the_sum_of_an_adapter_outside(tmp_path: Path) -> None:
     student = trained(None, "outside")
     api.export(student, DequantizedHF(), tmp_path / "out")
-    read = DequantizedHF().reload(tmp_path / "out")
+    read = loaded(tmp_path / "out")
     assert not any("adapter" in key for key in read.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(read(input_ids=IDS).logits, answers(student), rtol=1e-5, atol=1e-5)

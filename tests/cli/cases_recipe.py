@@ -69,7 +69,7 @@ CLASSES = [
          {"model__teacher": named("FrozenTaecher")}),
     Case("an unknown data class", ("data", "'PackedTexts'", "'PackedText'"), {"data": named("PackedTexts")}),
     Case("an unknown evaluator", ("evaluate", "'Perplexty'", "'Perplexity'"), {"evaluate": [named("Perplexty")]}),
-    Case("an unknown exporter", ("export", "'AWQ'", "DequantizedHF"), {"export": [named("AWQ")]}),
+    Case("an unknown exporter", ("export", "'Marlin'", "DequantizedHF"), {"export": [named("Marlin")]}),
     Case("an unknown callback", ("callbacks", "'ProgresLine'", "'ProgressLine'"),
          {"trainer__callbacks": [named("ProgresLine")]}),
     Case("an unknown scheduler", ("model.scheduler", "'WarmupCosin'", "'WarmupCosine'"),

@@ -104,6 +104,11 @@ def _child(question: dict[str, Any]) -> int:
             module, _, function = question["before"].partition(":")
             getattr(importlib.import_module(module), function)()
         from kdqat.cli.main import main
+        from kdqat.exporters import parity_reader
+        from tests.exporters.here import HERE
+
+        if "READER_ALONE" not in question["env"]:  # this child is a process of its own already
+            parity_reader.subprocess = HERE  # type: ignore[assignment]
 
         main(question["argv"])
     except SystemExit as error:

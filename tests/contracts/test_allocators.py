@@ -12,11 +12,14 @@ import pkgutil
 import pytest
 
 import kdqat.allocate
-from kdqat.allocate import BitAllocator, ByImportance, FromFile, Knapsack, Uniform
-from kdqat.models import layer_refs
+from kdqat.allocate import BitAllocator, ByImportance, FromCheckpoint, FromFile, Knapsack, Uniform
+from kdqat.exporters import GPTQ
+from kdqat.initializers import RTN
+from kdqat.models import ModelSource, layer_refs
 from kdqat.models.toy import toy_model
-from kdqat.quant import MinMax, apply_plan, measure_coverage, require_coverage
+from kdqat.quant import LSQ, MinMax, apply_plan, measure_coverage, require_coverage
 from kdqat.spec import QuantPlan, explain_allocation, preset_name
+from kdqat.student import prepare_student
 from tests.allocate.toy import layer_scores
 
 
@@ -45,7 +48,13 @@ def knapsack(folder) -> Knapsack:
     return Knapsack(str(folder), average_bits=6.0)
 
 
+def from_checkpoint(folder) -> FromCheckpoint:
+    GPTQ().export(prepare_student(ModelSource("toy:llama"), Uniform("W4A16_G32"), LSQ, RTN()), folder)
+    return FromCheckpoint(str(folder))
+
+
 ARGUMENTS = {
+    FromCheckpoint: from_checkpoint,
     ByImportance: by_importance,
     Knapsack: knapsack,
     Uniform: lambda folder: Uniform("W4A16_G32", overrides={"v": "W8A16"}),

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from tests.docs.examples import NAMES, PAGES, SOURCE
+from tests.exporters.reading import reader_here
+
+__all__ = ["example", "folder", "reader_here"]
 
 
 @pytest.fixture(scope="module")

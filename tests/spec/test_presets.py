@@ -22,7 +22,10 @@ from kdqat.spec import (
 )
 
 WEIGHT_ONLY = re.compile(r"W(\d)A16(_ASYM)?(?:_G(\d+))?")
-ALIASES = {"GPTQ_4BIT_G128": "W4A16_G128", "AWQ_4BIT_G128": "W4A16_ASYM_G128"}  # what their own worlds call them
+ALIASES = {  # what their own worlds call them
+    **{f"GPTQ_4BIT_G{size}": f"W4A16_G{size}" for size in (32, 64, 128)},
+    **{f"AWQ_4BIT_G{size}": f"W4A16_ASYM_G{size}" for size in (32, 64, 128)},
+}
 WIDTHS = {  # what a name says of the bits of weights and activations
     "W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W8A8_STATIC": (8, 8), "FP8_W8A8": (8, 8), "FP4_W4A8": (4, 8),
     "FP4_W4A4": (4, 4), "FP4_W4A4_PRE_SHIFT": (4, 4), "FP8": (8, 8), "FP8_STATIC": (8, 8), "NVFP4": (4, 4),

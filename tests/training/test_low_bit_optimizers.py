@@ -18,6 +18,7 @@ from kdqat.cli.parser import parse_recipe
 from kdqat.models.toy import toy_model, toy_tokenizer
 from kdqat.quant import FakeQuantizer
 from tests.cli.recipes import write
+from tests.exporters.reading import loaded
 
 STEPS = 6
 TORCHAO = {"class_path": "torchao.optim.AdamW8bit", "init_args": {"lr": 1.0e-3}}
@@ -125,7 +126,7 @@ def test_a_bf16_student_keeps_float32_scales_and_is_saved_evaluated_and_exported
             assert torch.equal(quantizer.codes(layer.weight), quantizer.codes(layer.weight.float()))
     numbers = api.evaluate(again, [TeacherAgreement("kdqat:prose", seq_len=32, limit=2)])["kdqat:prose"]
     assert all(math.isfinite(value) for value in numbers.values())
-    exported = DequantizedHF().reload(api.export(again, DequantizedHF(), tmp_path / "export"))
+    exported = loaded(api.export(again, DequantizedHF(), tmp_path / "export"))
     assert exported.lm_head.weight.dtype == torch.float32
     state = exported.state_dict()
     for name, layer in again.layers.items():

@@ -1,0 +1,118 @@
+"""What a reader read of every layer against what the student has: codes and scales bit for bit, weights rounded once.
+
+A reader whose format has codes answers with codes and scales (and zero points, where there are any) and usually with
+weights as it will multiply by them; a format of plain floats has weights only. Every planned layer must be answered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from kdqat.quant import FakeQuantizer
+from kdqat.quant.kv import kv_caches
+from kdqat.quant.swap import QuantizedLayer
+from kdqat.student import Student, plain_state
+
+KINDS = ("codes", "scales", "zero_points", "weights")
+
+
+@dataclass
+class LayerFindings:
+    """How many numbers were compared and how many differ, of each kind; a line for every layer that differs."""
+
+    counts: dict[str, dict[str, int]] = field(default_factory=lambda: {k: {"compared": 0, "changed": 0} for k in KINDS})
+    faults: list[str] = field(default_factory=list)
+
+    def compare(self, kind: str, name: str, read: Tensor, ours: Tensor) -> None:
+        """Count where `read` differs from `ours` as numbers; shapes may differ by ones."""
+        if read.numel() != ours.numel():
+            self.faults.append(f"{name}: {kind} of shape {tuple(read.shape)} read, {tuple(ours.shape)} expected")
+            return
+        read = read.reshape(ours.shape)
+        differs = read.double() != ours.double()  # no number of any format is rounded by it; NaN differs from all
+        changed = int(differs.sum())
+        self.counts[kind]["compared"] += ours.numel()
+        self.counts[kind]["changed"] += changed
+        if changed:
+            where = tuple(differs.nonzero()[0].tolist())
+            self.faults.append(
+                f"{name}: {changed} of {ours.numel()} {kind.replace('_', ' ')} differ, the first at {list(where)}: "
+                f"{read[where].item():.9g} read, {ours[where].item():.9g} trained"
+            )
+
+
+@torch.no_grad()
+def compare_layers(student: Student, answer: Path, compute_dtype: str, *, kv_cache: bool = False) -> LayerFindings:
+    """Compare every tensor of `answer` with the student's; layers in the model's order, then all others.
+
+    Args:
+        student: on the CPU.
+        answer: safetensors file with KIND/NAME tensors, KIND one of `KINDS`.
+        compute_dtype: in which the reader holds weights.
+        kv_cache: whether the reader must answer with the scales of the KV cache, `scales/ATTENTION.key` and `.value`.
+    """
+    findings, dtype, layers = LayerFindings(), getattr(torch, compute_dtype), student.layers
+    with safe_open(answer, framework="pt") as tensors:
+        read: dict[str, set[str]] = {}
+        for key in tensors.keys():  # noqa: SIM118 - no mapping
+            kind, _, name = key.partition("/")
+            if kind in KINDS:
+                read.setdefault(name, set()).add(kind)
+        tied = {id(layer.weight): name for name, layer in layers.items() if name in read}
+        for name, layer in layers.items():
+            kinds = read.pop(name, set())
+            if layer.weight_fake_quantizer is None and not kinds:
+                continue
+            if not kinds and id(layer.weight) in tied:
+                continue  # the other name of what was answered
+            if not ({"codes", "scales"} <= kinds or "weights" in kinds):
+                findings.faults.append(f"{name}: the reader answered with neither codes and scales nor weights")
+            expected = expected_of(layer, dtype)
+            for kind in (kind for kind in KINDS if kind in kinds):
+                given = tensors.get_tensor(f"{kind}/{name}")
+                if kind == "weights" and given.shape == layer.weight.shape:
+                    given = layer.as_matrix(given)
+                if kind not in expected:
+                    findings.faults.append(f"{name}: {kind} read, where the plan quantizes no weight")
+                    continue
+                findings.compare(kind, name, given, expected[kind])
+        for name, quantizer in _cache_quantizers(student).items() if kv_cache else ():
+            if "scales" in read.pop(name, set()):
+                stored = quantizer.stored_qparams(quantizer.scale.new_zeros(quantizer.shape))
+                findings.compare("scales", name, tensors.get_tensor(f"scales/{name}"), stored.scale)
+            else:
+                findings.faults.append(f"{name}: the reader answered without the scale of this cache")
+        state = plain_state(student) if read else {}
+        for name in sorted(read):
+            ours = state.get(f"{name}.weight", state.get(name))
+            if ours is None:
+                findings.faults.append(f"{name}: the student has no such tensor")
+                continue
+            ours = ours.to(dtype) if ours.is_floating_point() else ours
+            findings.compare("weights", name, tensors.get_tensor(f"weights/{name}"), ours)
+    return findings
+
+
+def _cache_quantizers(student: Student) -> dict[str, FakeQuantizer]:
+    """Fake quantizers of keys and values by their attention module's name and "key" or "value"."""
+    caches = kv_caches(student.model).items()
+    return {f"{owner}.{part}": quantizer for owner, cache in caches for part, quantizer in cache.quantizers().items()}
+
+
+def expected_of(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a lossless format holds of `layer`: KIND -> tensor; weights [O, I] as its reader makes them in `dtype`."""
+    quantizer, matrix = layer.weight_fake_quantizer, layer.latent_matrix()
+    if quantizer is None:
+        return {"weights": layer.as_matrix(layer.dequantized_weight()).to(dtype)}
+    stored, codes = quantizer.stored_qparams(matrix), quantizer.codes(matrix)
+    expected: dict[str, Any] = {"codes": codes, "scales": stored.scale, "zero_points": stored.zero_point}
+    if layer.weight.dtype == torch.float32 and layer.adapter is None:
+        return {**expected, "weights": quantizer.values(codes, stored).to(dtype)}
+    # latent weights of 16 bits compute with values rounded to these; an adapter outside is added to them
+    return {**expected, "weights": layer.as_matrix(layer.dequantized_weight()).to(dtype)}

@@ -1,0 +1,156 @@
+"""One layer of a quantized checkpoint, from its packed tensors to scheme, scales and weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdqat.quant.layouts import awq, fp4, gptq, pack_quantized
+from kdqat.spec import LayerScheme, QuantSpec, number_format, preset
+from kdqat.types import QParams
+
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+Read = Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], "StoredLayer"]
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """What a checkpoint stores of a layer.
+
+    Attributes:
+        scheme: its format, as a plan says it.
+        qparams: scale and zero point, fp32, of `scheme.weight.qparam_shape`.
+        weight: [O, I] fp32, scale * (code - zero point).
+        second_level: of nested scales (NVFP4's global_scale).
+    """
+
+    scheme: LayerScheme
+    qparams: QParams
+    weight: Tensor
+    second_level: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def reader_for(config: Mapping[str, Any]) -> tuple[str, Sequence[str], Read]:
+    """(the suffix that marks a quantized layer, its tensors' last names, the function that reads it)."""
+    if config["quant_method"] == "compressed-tensors":
+        own = ("weight_scale", "weight_packed", "weight", "weight_shape", "weight_zero_point", "weight_global_scale")
+        return ".weight_scale", (*own, "input_global_scale"), _compressed
+    words = ("qweight", "qzeros", "scales", "g_idx")
+    return ".qweight", words, _gptq if config["quant_method"] == "gptq" else _awq
+
+
+def _compressed(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLayer:
+    group = _group_of(name, config)
+    args, inputs, scale = group["weights"], group.get("input_activations"), own["weight_scale"]
+    if args.get("actorder"):
+        raise ValueError("its inputs are reordered (actorder), which a group of neighbours cannot hold")
+    if args["type"] == "float":
+        return _fp4(own, inputs)
+    bits, symmetric = args["num_bits"], args["symmetric"]
+    if args["strategy"] not in ("channel", "group"):
+        raise ValueError(f"scales by {args['strategy']} are not known; channel and group are")
+    width = int(own["weight_shape"][1]) if "weight_shape" in own else own["weight"].shape[1]
+    if "weight_packed" in own:
+        codes = pack_quantized.unpack_weight(own["weight_packed"], bits, width, symmetric=symmetric)
+    elif symmetric:
+        codes = own["weight"].to(torch.int16)
+    else:
+        raise ValueError("asymmetric int8 weights are not known; symmetric ones are")
+    zero_point = torch.zeros_like(scale)
+    if not symmetric:
+        zero_point = pack_quantized.unpack_zero_points(own["weight_zero_point"], bits, len(codes))
+    size = args["group_size"] if args["strategy"] == "group" else None
+    activation = None
+    if inputs is not None:
+        if (inputs["type"], inputs["strategy"], inputs["dynamic"]) != ("int", "token", True):
+            raise ValueError("its activations are not by token and dynamic; set them in the plan yourself")
+        activation = preset("W8A8").activation if inputs["symmetric"] and inputs["num_bits"] == 8 else None
+        if activation is None:
+            raise ValueError("only symmetric int8 activations are known")
+    return _integers(codes, scale, zero_point, bits, size, symmetric, activation)
+
+
+def _group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for group in config["config_groups"].values():
+        for target in group["targets"]:
+            if target in (name, "Linear") or (target.startswith("re:") and re.match(target[3:], name)):
+                return group
+    raise ValueError("no config group targets it")
+
+
+def _fp4(own: Mapping[str, Tensor], inputs: Mapping[str, Any] | None) -> StoredLayer:
+    codes, scale = fp4.unpack_fp4(own["weight_packed"]), own["weight_scale"]
+    values = torch.tensor(number_format("e2m1").code_values())[codes.long()]
+    second = {}
+    if "weight_global_scale" in own:
+        second = {"global_scale": own["weight_global_scale"].float().reshape(1)}
+        scale, kind = fp4.decode_e4m3(scale, second["global_scale"]), "NVFP4"
+    else:
+        scale, kind = fp4.decode_e8m0(scale), "MXFP4"
+    scheme = preset(kind if inputs is not None else f"{kind}_A16")
+    scale = scale.unsqueeze(-1)
+    weight = (values.reshape(*scale.shape[:2], -1) * scale).flatten(1)
+    return StoredLayer(scheme, QParams(scale, torch.zeros_like(scale)), weight, second)
+
+
+def _gptq(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLayer:
+    settings = {key: config[key] for key in ("bits", "group_size", "sym") if key in config}
+    for rule, override in (config.get("dynamic") or {}).items():
+        if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
+            settings |= override
+    bits, scales = settings["bits"], own["scales"]
+    version = 2 if (config.get("checkpoint_format") or config.get("format")) == "gptq_v2" else 1
+    width = own["qweight"].shape[0] * 32 // bits
+    size = None if settings["group_size"] == -1 else settings["group_size"]
+    if "g_idx" in own and not torch.equal(own["g_idx"].int(), gptq.group_index(width, size or width)):
+        raise ValueError("its inputs are reordered (desc_act), which a group of neighbours cannot hold")
+    codes = gptq.unpack_weight(own["qweight"], bits, width)
+    zeros = gptq.unpack_zero_points(own["qzeros"], bits, scales.shape[1], version=version)
+    if zeros.max() >= 2**bits:
+        raise ValueError("a zero point lies outside the codes; the folder is damaged, or it is gptq_v2 and says not so")
+    return _unsigned(codes, scales, zeros, bits, size)
+
+
+def _awq(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLayer:
+    if config.get("version", "gemm").lower() != "gemm" or config["bits"] != awq.BITS:
+        raise ValueError("only AWQ's GEMM layout of 4 bits is known")
+    size = None if config["group_size"] == -1 else config["group_size"]
+    return _unsigned(awq.unpack(own["qweight"]), own["scales"], awq.unpack(own["qzeros"]), awq.BITS, size)
+
+
+def _unsigned(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, size: int | None) -> StoredLayer:
+    """Codes [O, I], zero points [O, N] and scales [N, O]; symmetric where every zero point is the middle."""
+    middle = 2 ** (bits - 1)
+    symmetric = bool((zeros == middle).all())
+    shift = middle if symmetric else 0
+    return _integers(codes - shift, scales.t(), zeros - shift, bits, size, symmetric)
+
+
+def _integers(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    size: int | None,
+    symmetric: bool,
+    activation: QuantSpec | None = None,
+) -> StoredLayer:
+    spec = QuantSpec(
+        format=f"int{bits}",
+        granularity="channel" if size is None else "group",
+        group_size=size,
+        symmetric=symmetric,
+        zero_point="none" if symmetric else "integer",
+        scale_dtype=_DTYPES[scale.dtype],  # type: ignore[arg-type]
+    )
+    shape = spec.qparam_shape(codes.shape)
+    scale, zero_point = scale.float().reshape(shape), zero_point.float().reshape(shape)
+    if (scale == 0).any():
+        raise ValueError("it has a scale of 0, by which nothing can be rounded")
+    weight = (scale * (codes.float().reshape(*shape[:2], -1) - zero_point)).flatten(1)
+    return StoredLayer(LayerScheme(weight=spec, activation=activation), QParams(scale, zero_point), weight)
