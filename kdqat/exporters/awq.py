@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kdqat.exporters.base import Exporter
-from kdqat.exporters.dequantized import activations_of
 from kdqat.exporters.gptq import refuses_integers
 from kdqat.exporters.hf_folder import codes_and_qparams, linears_left, refuses_layer, write_hf_folder
 from kdqat.quant.layouts import awq
@@ -34,7 +33,7 @@ class AWQ(Exporter):
         return "float16"
 
     def refuses(self, student: Student) -> str | None:
-        if lost := activations_of(student.plan):
+        if lost := self.leaves(student.plan):
             return f"AWQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
         sizes: dict[int, str] = {}
         for name, layer in student.layers.items():

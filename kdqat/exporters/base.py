@@ -6,12 +6,16 @@ own. The parity gate (`parity.py`) compares what it read with what the student c
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kdqat.spec import LayerScheme, QuantPlan
 from kdqat.student import Student
+
+log = logging.getLogger(__name__)
 
 
 class Exporter(ABC):
@@ -24,7 +28,6 @@ class Exporter(ABC):
         reader: file in `kdqat/exporters/readers/`, or the path of a script elsewhere; None: nothing independent can
             read this format, and its exports say so.
         compute_dtype: in which the reader holds dequantized weights: "float32", "bfloat16" or "float16".
-        holds_activations: whether the format says how activations are quantized; else that is left to the engine.
         applies_activations: whether the reader quantizes activations as the plan says; else its logits are compared
             with those of the student's quantized weights alone.
         holds_kv_cache: whether the format holds scales of a KV cache; the reader then answers with these, and where
@@ -34,7 +37,6 @@ class Exporter(ABC):
 
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     reader: ClassVar[str | None]
-    holds_activations: ClassVar[bool] = False
     applies_activations: ClassVar[bool] = False
     holds_kv_cache: ClassVar[bool] = False
     library_name: ClassVar[str] = "transformers"
@@ -65,6 +67,26 @@ class Exporter(ABC):
         """Engine -> the command (or the lines of Python) that runs the export `folder` in it, for the model card."""
         return {}
 
+    def leaves(self, plan: QuantPlan) -> str:
+        """What `plan` quantizes besides weights and the format leaves to the engine, in words; "" if nothing."""
+        return besides_weights(plan.values(), plan.kv_cache is not None)
+
+    def say_what_is_left(self, plan: QuantPlan) -> None:
+        """Log it."""
+        if left := self.leaves(plan):
+            log.warning("export %s holds weights only: %s of the plan are for the engine to apply", self.name, left)
+
     def reader_missing(self) -> str | None:
         """The package its reader needs and how to install it; None if it is there."""
         return None
+
+
+def besides_weights(schemes: Iterable[LayerScheme], kv_cache: bool) -> str:
+    """What `schemes` quantize besides weights, in words."""
+    schemes = list(schemes)
+    kinds = {
+        "activations": any(scheme.activation is not None for scheme in schemes),
+        "outputs": any(scheme.output is not None for scheme in schemes),
+        "the KV cache": kv_cache,
+    }
+    return ", ".join(kind for kind, there in kinds.items() if there)

@@ -23,7 +23,7 @@ from kdqat.models.source import Dtype
 from kdqat.quant import FakeQuantizer, QuantizedLayer
 from kdqat.quant.kv import kv_caches
 from kdqat.quant.layouts import fp4, pack_quantized
-from kdqat.spec import KVCacheScheme, LayerScheme
+from kdqat.spec import KVCacheScheme, LayerScheme, QuantPlan
 from kdqat.student import Student
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ class CompressedTensors(Exporter):
         "compressed-tensors:float32": {"dtype": "float32"},
     }
     reader: ClassVar[str] = "compressed_tensors_reader.py"
-    holds_activations: ClassVar[bool] = True
     holds_kv_cache: ClassVar[bool] = True
 
     def __init__(self, *, dtype: Dtype = "float16") -> None:
@@ -57,6 +56,9 @@ class CompressedTensors(Exporter):
     @property
     def compute_dtype(self) -> str:
         return self.dtype
+
+    def leaves(self, plan: QuantPlan) -> str:
+        return ""  # a plan whose activations it cannot say is refused
 
     def reader_missing(self) -> str | None:
         if find_spec("compressed_tensors") is not None:

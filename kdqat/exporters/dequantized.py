@@ -9,7 +9,6 @@ rounded in another order.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,10 +17,7 @@ import torch
 
 from kdqat.exporters.base import Exporter
 from kdqat.models.source import Dtype, auto_class
-from kdqat.spec import QuantPlan
 from kdqat.student import Student, plain_state
-
-log = logging.getLogger(__name__)
 
 
 class DequantizedHF(Exporter):
@@ -51,9 +47,7 @@ class DequantizedHF(Exporter):
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
-        lost = activations_of(student.plan)
-        if lost:
-            log.warning("export %s holds weights only: %s of the plan are for the engine to apply", self.name, lost)
+        self.say_what_is_left(student.plan)
         dtype = getattr(torch, self.dtype)
         state = plain_state(student)
         for name, layer in student.layers.items():
@@ -87,13 +81,3 @@ class DequantizedHF(Exporter):
         ]
         vllm = "vLLM (as fast as the base model, since the weights are plain floats)"
         return {"transformers": "\n".join(load), vllm: f"vllm serve {folder}"}
-
-
-def activations_of(plan: QuantPlan) -> str:
-    """What a plan quantizes besides weights, in words; "" if nothing."""
-    kinds = {
-        "activations": any(scheme.activation is not None for scheme in plan.values()),
-        "outputs": any(scheme.output is not None for scheme in plan.values()),
-        "the KV cache": plan.kv_cache is not None,
-    }
-    return ", ".join(kind for kind, there in kinds.items() if there)

@@ -8,7 +8,6 @@ rounds activations to 8 bits while it multiplies, which no file can forbid.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kdqat.exporters.base import Exporter
-from kdqat.exporters.dequantized import activations_of
 from kdqat.exporters.gguf_metadata import add_metadata, refuses_config, rope_factors
 from kdqat.exporters.gguf_tokenizer import add_tokenizer, copy_tokenizer, refuses_tokenizer
 from kdqat.exporters.hf_files import save_hf_files
@@ -28,8 +26,6 @@ from kdqat.quant.layouts.gguf import LAYOUTS, pack_gguf
 from kdqat.quant.layouts.packing import Blocks
 from kdqat.spec import QuantSpec, preset
 from kdqat.student import Student, plain_state
-
-log = logging.getLogger(__name__)
 
 # what decides the bytes; which range became the scale, and that a code is never used, do not
 _STORED = ("format", "granularity", "group_size", "symmetric", "zero_point", "scale_dtype", "hadamard", "levels")
@@ -113,9 +109,7 @@ class GGUF(Exporter):
     def export(self, student: Student, out_dir: Path) -> None:
         from gguf import GGMLQuantizationType, GGUFWriter
 
-        lost = activations_of(student.plan)
-        if lost:
-            log.warning("export %s holds weights only: %s of the plan are not llama.cpp's", self.name, lost)
+        self.say_what_is_left(student.plan)
         config = student.model.config
         writer = GGUFWriter(out_dir / self.file_name, FAMILIES[config.model_type].architecture)
         kinds = Counter(block_type(scheme.weight) for scheme in student.plan.values() if scheme.weight is not None)

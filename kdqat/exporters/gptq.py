@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from kdqat.exporters.base import Exporter
-from kdqat.exporters.dequantized import activations_of
 from kdqat.exporters.hf_folder import FUSED, codes_and_qparams, linears_left, refuses_layer, write_hf_folder
 from kdqat.files import write_text
 from kdqat.quant.layouts import gptq
@@ -54,7 +53,7 @@ class GPTQ(Exporter):
         return "float16"
 
     def refuses(self, student: Student) -> str | None:
-        if lost := activations_of(student.plan):
+        if lost := self.leaves(student.plan):
             return f"GPTQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
         for name, layer in student.layers.items():
             if reason := refuses_layer(name, layer):

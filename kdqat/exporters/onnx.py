@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,13 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from kdqat.exporters.base import Exporter
-from kdqat.exporters.dequantized import activations_of
 from kdqat.exporters.hf_files import save_hf_files
 from kdqat.quant import FakeQuantLinear, strip_fake_quant
 from kdqat.spec import QuantSpec
 from kdqat.student import Student
-
-log = logging.getLogger(__name__)
 
 _OPSET = 21  # the first with 4-bit integers and blocks of inputs
 _PREFIX = "plain."  # of the model inside what is exported
@@ -72,9 +68,7 @@ class ONNX(Exporter):
             raise ValueError(f"export {self.name} writes with {missing}")
         import onnx
 
-        lost = activations_of(student.plan)
-        if lost:
-            log.warning("export %s holds weights only: %s of the plan are for the engine to apply", self.name, lost)
+        self.say_what_is_left(student.plan)
         graph_of_floats = plain_onnx(student)
         for name, layer in student.layers.items():
             if layer.weight_fake_quantizer is not None:

@@ -1,5 +1,9 @@
 """torchao's IntxUnpackedToInt8Tensor in safetensors: every code one int8, with its scales and zero points (ExecuTorch).
 
+Where the plan has int8 activations with a live range and zero point for each token, the tensor says so and torchao
+quantizes them: its Int8DynamicActivationIntxWeight, "8da4w" at 4 bits. It divides by a scale as a multiplication with
+the inverse, so that an activation on the edge of two codes may fall to the other one.
+
 torchao saves tensor subclasses with torch.save, which is a pickle, and nobody should unpickle a file of others. Its own
 flattening (`torchao.prototype.safetensors`) says the same in plain tensors and metadata: that is what is written here.
 Arithmetic is float32, which holds every stored scale, so that torchao dequantizes to the student's bits.
@@ -8,28 +12,30 @@ Arithmetic is float32, which holds every stored scale, so that torchao dequantiz
 from __future__ import annotations
 
 import importlib.util
-import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
 
-from kdqat.exporters.base import Exporter
-from kdqat.exporters.dequantized import activations_of
+from kdqat.exporters.base import Exporter, besides_weights
 from kdqat.exporters.hf_files import save_hf_files
 from kdqat.quant import FakeQuantLinear
-from kdqat.spec import QuantSpec
+from kdqat.spec import LayerScheme, QuantPlan, QuantSpec
 from kdqat.student import Student, plain_state
-
-log = logging.getLogger(__name__)
 
 
 class TorchAO(Exporter):
-    """Integer weights of linear layers for torchao, `intx` weight-only; codes of 2 to 8 bits, by group or channel."""
+    """Integer weights of linear layers for torchao, codes of 2 to 8 bits, by group or channel; weight-only, or with
+    dynamic int8 activations (the presets TORCHAO_8DA4W_G32, _G64, _G128)."""
 
     name: ClassVar[str] = "torchao"
     reader: ClassVar[str] = "torchao_reader.py"
+
+    def leaves(self, plan: QuantPlan) -> str:
+        schemes = [replace(s, activation=None) if _dynamic_int8(s) else s for s in plan.values()]
+        return besides_weights(schemes, plan.kv_cache is not None)
 
     def reader_missing(self) -> str | None:
         if importlib.util.find_spec("torchao") is None:
@@ -61,9 +67,7 @@ class TorchAO(Exporter):
             raise ValueError(f"export {self.name} writes with {missing}")
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-        lost = activations_of(student.plan)
-        if lost:
-            log.warning("export %s holds weights only: %s of the plan are for the engine to apply", self.name, lost)
+        self.say_what_is_left(student.plan)
         state: dict[str, torch.Tensor] = {}
         seen: set[int] = set()
         for key, value in plain_state(student).items():
@@ -72,7 +76,7 @@ class TorchAO(Exporter):
             seen.add(value.data_ptr())
             layer = student.layers.get(key.removesuffix(".weight"))
             if layer is not None and layer.weight_fake_quantizer is not None:
-                state[key] = intx_tensor(layer)
+                state[key] = intx_tensor(layer, _dynamic_int8(student.plan[key.removesuffix(".weight")]))
             else:
                 state[key] = value.detach().cpu().clone()
         tensors, metadata = flatten_tensor_state_dict(state)
@@ -80,8 +84,12 @@ class TorchAO(Exporter):
         save_hf_files(student, out_dir)
 
 
-def intx_tensor(layer: Any) -> Any:
-    """The layer's weight as torchao has it: codes and zero points in -2^(b-1) ... 2^(b-1) - 1, scales fp32 [O, N]."""
+def intx_tensor(layer: Any, dynamic_int8: bool) -> Any:
+    """The layer's weight as torchao has it: codes and zero points in -2^(b-1) ... 2^(b-1) - 1, scales fp32 [O, N].
+
+    Args:
+        dynamic_int8: torchao is to quantize the layer's inputs.
+    """
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     quantizer, matrix = layer.weight_fake_quantizer, layer.latent_matrix()
@@ -95,7 +103,17 @@ def intx_tensor(layer: Any) -> Any:
         target_dtype=getattr(torch, f"int{int(spec.bits)}"),
         block_size=(1, matrix.shape[1] // scale.shape[1]),
         dtype=torch.float32,
-        activation_quantization=None,
+        activation_quantization="int8_asym_per_token" if dynamic_int8 else None,
+    )
+
+
+def _dynamic_int8(scheme: LayerScheme) -> bool:
+    spec = scheme.activation
+    return (
+        spec is not None
+        and (spec.format, spec.granularity, spec.zero_point) == ("int8", "token", "integer")
+        and spec.dynamic
+        and spec.hadamard is None
     )
 
 

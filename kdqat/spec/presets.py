@@ -129,7 +129,11 @@ def _named() -> dict[str, LayerScheme]:
         "NF4": QuantSpec(**nf4),
         "NF4_DOUBLE": QuantSpec(**nf4, scale_dtype="double"),
     }
-    return {name: LayerScheme(weight=spec) for name, spec in specs.items()}
+    dynamic = {  # torchao's and ExecuTorch's 8da4w
+        f"TORCHAO_8DA4W_G{size}": LayerScheme(weight=_weight(4, size), activation=_token("int8", symmetric=False))
+        for size in (32, 64, 128)
+    }
+    return {**{name: LayerScheme(weight=spec) for name, spec in specs.items()}, **dynamic}
 
 
 PRESETS: dict[str, LayerScheme] = _integers() | _block_floats() | _floats() | _low_bit() | _quest() | _named()

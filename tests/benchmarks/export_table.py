@@ -13,7 +13,6 @@ from typing import Any
 
 from kdqat.allocate import Uniform
 from kdqat.calibrate import Calibration
-from kdqat.exporters.dequantized import activations_of
 from kdqat.exporters.words import exporter_of, format_words, words_that_hold
 from kdqat.initializers import RTN
 from kdqat.models import ModelSource, SplitModel
@@ -44,8 +43,7 @@ def table() -> str:
         student = wide_student(name)
         holding = words_that_hold(student)
         everywhere &= set(holding)
-        lost = activations_of(student.plan)
-        held[name] = tuple(f"`{w}`{'*' if lost and not exporter_of(w).holds_activations else ''}" for w in holding)
+        held[name] = tuple(f"`{w}`{'*' if exporter_of(w).leaves(student.plan) else ''}" for w in holding)
     for name, words in held.items():
         own = tuple(word for word in words if word.strip("`*") not in everywhere)
         rows.setdefault(own, []).append(name)

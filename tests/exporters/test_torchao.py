@@ -45,6 +45,17 @@ def test_odd_widths_and_a_tied_head_that_is_left_alone(tmp_path):
     assert not any(path.suffix in (".bin", ".pt", ".pth", ".pkl") for path in tmp_path.iterdir())
 
 
+def test_torchao_quantizes_the_activations_that_its_8da4w_was_trained_with(tmp_path):
+    student = trained("toy:llama", "TORCHAO_8DA4W_G32")
+    assert TorchAO().leaves(student.plan) == "" and TorchAO().leaves(trained("toy:llama", "W4A8_G32").plan)
+    assert differing(student, answer_of(student, tmp_path)) == {}
+    model = run_path(str(READERS / "torchao_reader.py"))["load"](str(tmp_path))
+    with torch.no_grad():
+        theirs, ours = model(input_ids=IDS).logits, student.model(input_ids=IDS).logits
+    without = load_file(tmp_path / "answer")["logits"]  # the gate's, of quantized weights alone
+    assert (theirs - ours).abs().max() < 0.1 * (without - ours).abs().max()  # a tie may fall to the other code
+
+
 def test_the_gate_finds_one_changed_code(tmp_path):
     student = trained("toy:llama", "W4A16_ASYM_G32")
     answer_of(student, tmp_path)

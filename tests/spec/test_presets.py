@@ -30,7 +30,7 @@ WIDTHS = {  # what a name says of the bits of weights and activations
     "W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W8A8_STATIC": (8, 8), "FP8_W8A8": (8, 8), "FP4_W4A8": (4, 8),
     "FP4_W4A4": (4, 4), "FP4_W4A4_PRE_SHIFT": (4, 4), "FP8": (8, 8), "FP8_STATIC": (8, 8), "NVFP4": (4, 4),
     "MXFP4": (4, 4), "MXFP6": (6, 6), "MXFP6_E3M2": (6, 6), "MXFP8": (8, 8), "MXFP8_E5M2": (8, 8),
-    "QUEST_W4A4": (4, 4),
+    "QUEST_W4A4": (4, 4), "TORCHAO_8DA4W": (4, 8),
 }  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def main(folder: str, request: str, answer: str) -> None:
         tensors[f"scales/{name}"] = weight.scale
         tensors[f"zero_points/{name}"] = weight.zero_point.to(torch.int16) + shift
         tensors[f"weights/{name}"] = weight.dequantize()
+        weight.activation_quantization = None  # logits are of the weights: whoever trains rounds a live range his way
     with torch.no_grad():
         output = model(**load_file(request), output_hidden_states=True)
     has_logits = "logits" in output
