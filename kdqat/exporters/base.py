@@ -27,6 +27,8 @@ class Exporter(ABC):
             {"gguf:q4_0": {"type": "q4_0"}}; empty: its `name`.
         reader: file in `kdqat/exporters/readers/`, or the path of a script elsewhere; None: nothing independent can
             read this format, and its exports say so.
+        engine: likewise a script that runs the serving engine itself and answers with `nll`, for the gate to ask
+            besides, where it is installed (`parity_engine.py`); None: there is none.
         compute_dtype: in which the reader holds dequantized weights: "float32", "bfloat16" or "float16".
         applies_activations: whether the reader quantizes activations as the plan says; else its logits are compared
             with those of the student's quantized weights alone.
@@ -37,6 +39,7 @@ class Exporter(ABC):
 
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     reader: ClassVar[str | None]
+    engine: ClassVar[str | None] = None
     applies_activations: ClassVar[bool] = False
     holds_kv_cache: ClassVar[bool] = False
     library_name: ClassVar[str] = "transformers"
@@ -75,6 +78,10 @@ class Exporter(ABC):
         """Log it."""
         if left := self.leaves(plan):
             log.warning("export %s holds weights only: %s of the plan are for the engine to apply", self.name, left)
+
+    def engine_missing(self) -> str | None:
+        """The package that its engine is in and how to install it; None if it is there."""
+        return None
 
     def reader_missing(self) -> str | None:
         """The package its reader needs and how to install it; None if it is there."""

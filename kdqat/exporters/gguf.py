@@ -8,6 +8,7 @@ rounds activations to 8 bits while it multiplies, which no file can forbid.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,7 @@ class GGUF(Exporter):
 
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {f"gguf:{type}": {"type": type} for type in get_args(GGUFType)}
     reader: ClassVar[str] = "gguf_file.py"
+    engine: ClassVar[str] = "llama_cpp.py"
     library_name: ClassVar[str] = "gguf"
 
     def __init__(
@@ -74,6 +76,11 @@ class GGUF(Exporter):
         if self.embeddings == "q8_0":
             return "bfloat16"
         return "float32" if self.embeddings == self.ignored == "f32" else "float16"
+
+    def engine_missing(self) -> str | None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            return 'xllamacpp, a built llama.cpp; pip install "kdqat[llamacpp]"'
+        return None
 
     def refuses(self, student: Student) -> str | None:
         config = student.model.config

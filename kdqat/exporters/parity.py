@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kdqat.data import windows
 from kdqat.exporters.base import Exporter
+from kdqat.exporters.parity_engine import ask_engine
 from kdqat.exporters.parity_layers import compare_layers
 from kdqat.exporters.parity_logits import answers_of, compare_answers, fault_of, tolerance_for
 from kdqat.exporters.parity_reader import CannotRead, ReaderFailed, ask_reader
@@ -96,7 +97,9 @@ def _compare(parity: Parity, student: Student, exporter: Exporter, folder: Path,
             applied = {"activations": exporter.applies_activations, "kv_cache": cache}
             layers = compare_layers(student, answer.path, exporter.compute_dtype, kv_cache=exporter.holds_kv_cache)
             kind, ours = answers_of(student, ids, **applied)
-            numbers = None
+            numbers, engine, fault = None, None, None
+            if exporter.engine is not None and kind == "logits":
+                engine, fault = ask_engine(exporter, folder, ids, ours, Path(scratch) / "engine")
             with safe_open(answer.path, framework="pt") as tensors:
                 if kind in tensors.keys() and not (cache and latent != "float32"):  # noqa: SIM118 - no mapping
                     numbers = compare_answers(kind, ours, tensors.get_tensor(kind))
@@ -108,9 +111,8 @@ def _compare(parity: Parity, student: Student, exporter: Exporter, folder: Path,
         return
     finally:
         student.split.to(where)
-    faults = layers.faults
-    if numbers is not None and (fault := fault_of(kind, numbers, tolerance)):
-        faults = [*faults, fault]
+    of_logits = None if numbers is None else fault_of(kind, numbers, tolerance)
+    faults = [*layers.faults, *(said for said in (of_logits, fault) if said)]
     parity.numbers |= {
         "versions": answer.versions,
         "compute_dtype": exporter.compute_dtype,
@@ -121,6 +123,7 @@ def _compare(parity: Parity, student: Student, exporter: Exporter, folder: Path,
         "layers": len(student.layers),
         **layers.counts,
         kind: numbers,  # null: not compared, the reader reads weights only
+        **({"engine": engine} if engine is not None else {}),
         "faults": faults,
     }
     parity.verified, parity.rejected = not faults, bool(faults)

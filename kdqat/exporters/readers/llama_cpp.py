@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 import xllamacpp
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
+CANNOT = 3  # exit code: no fault of the file's
 LIKELIEST = (512, 8192)  # log-probabilities asked for at first, and then; of a still rarer token all of them are
 
 
@@ -58,6 +60,11 @@ def main(folder: str, request: str, answer: str) -> None:
     asked = load_file(request)
     rows = asked["input_ids"].tolist()
     vocab_size = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+    fields = GGUFReader(path).fields
+    merges = fields.get("tokenizer.ggml.merges")
+    if fields["tokenizer.ggml.model"].contents() == "gpt2" and (merges is None or not len(merges.data)):
+        print("its tokenizer has no merges, without which llama.cpp loads no byte-level BPE", file=sys.stderr)
+        raise SystemExit(CANNOT)
     model = LlamaCpp(path, num_positions=len(rows[0]) + 32)
     found = {}
     nll = [[model.nll(row[:i], row[i], vocab_size) for i in range(1, len(row))] for row in rows]
