@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdqat.models.packed_config import gptq_settings, group_of
 from kdqat.quant.layouts import awq, fp4, gptq, pack_quantized
 from kdqat.spec import LayerScheme, QuantSpec, number_format, preset
 from kdqat.types import QParams
@@ -45,10 +45,12 @@ def reader_for(config: Mapping[str, Any]) -> tuple[str, Sequence[str], Read]:
 
 
 def _compressed(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLayer:
-    group = _group_of(name, config)
+    group = group_of(name, config)
     args, inputs, scale = group["weights"], group.get("input_activations"), own["weight_scale"]
     if args.get("actorder"):
         raise ValueError("its inputs are reordered (actorder), which a group of neighbours cannot hold")
+    if args["symmetric"] and _shifts(own.get("weight_zero_point")):
+        raise ValueError("its config says symmetric, but a weight_zero_point is stored; one of the two is wrong")
     if args["type"] == "float":
         return _fp4(own, inputs)
     bits, symmetric = args["num_bits"], args["symmetric"]
@@ -75,12 +77,9 @@ def _compressed(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any])
     return _integers(codes, scale, zero_point, bits, size, symmetric, activation)
 
 
-def _group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    for group in config["config_groups"].values():
-        for target in group["targets"]:
-            if target in (name, "Linear") or (target.startswith("re:") and re.match(target[3:], name)):
-                return group
-    raise ValueError("no config group targets it")
+def _shifts(zero_point: Tensor | None) -> bool:
+    """Whether a zero point is stored that is not plainly 0, as some symmetric checkpoints have it; int32 is packed."""
+    return zero_point is not None and (zero_point.dtype == torch.int32 or bool(zero_point.any()))
 
 
 def _fp4(own: Mapping[str, Tensor], inputs: Mapping[str, Any] | None) -> StoredLayer:
@@ -99,10 +98,7 @@ def _fp4(own: Mapping[str, Tensor], inputs: Mapping[str, Any] | None) -> StoredL
 
 
 def _gptq(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLayer:
-    settings = {key: config[key] for key in ("bits", "group_size", "sym") if key in config}
-    for rule, override in (config.get("dynamic") or {}).items():
-        if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
-            settings |= override
+    settings = gptq_settings(name, config)
     bits, scales = settings["bits"], own["scales"]
     version = 2 if (config.get("checkpoint_format") or config.get("format")) == "gptq_v2" else 1
     width = own["qweight"].shape[0] * 32 // bits

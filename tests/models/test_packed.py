@@ -1,0 +1,76 @@
+"""Quantized folders as a start: whose settings a layer has, and what is refused or said aloud."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kdqat.exporters import GPTQ, CompressedTensors
+from kdqat.models import ModelSource
+from tests.exporters.test_packed_formats import MLP, small, stored_config, written
+
+
+def with_config(folder, change):
+    """The folder with `change` made to its quantization config."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return ModelSource(str(folder))
+
+
+def test_config_groups_are_searched_by_name_then_by_regex_then_by_class(tmp_path):
+    folder = written(CompressedTensors(), small("toy:llama", "W4A16_ASYM_G32"), tmp_path / "out")
+    groups = stored_config(folder)["config_groups"]
+    right, wrong = groups["group_0"], {**groups["group_0"], "weights": {"strategy": "no such"}}
+    named = sorted({key.removesuffix(".weight_packed") for key in load_file(folder / "model.safetensors")})
+    named = [name for name in named if name.endswith("_proj")]
+
+    def load(*targets):
+        found = [{**(wrong if i < len(targets) - 1 else right), "targets": list(t)} for i, t in enumerate(targets)]
+
+        def change(config):
+            config["config_groups"] = {f"group_{i}": group for i, group in enumerate(found)}
+
+        return with_config(folder, change).load_model()
+
+    load(["Linear"], ["re:.*proj"])
+    load(["re:.*proj"], named)
+    load(["Linear"], named)
+    with pytest.raises(ValueError, match="no config group targets it"):
+        load(["re:.*no_such"])
+
+
+def test_a_layer_that_the_config_ignores_and_the_files_quantize_is_refused(tmp_path):
+    folder = written(CompressedTensors(), small("toy:llama", moved=False), tmp_path / "out")
+    for ignored in (f"{MLP}.up_proj", "re:.*up_proj"):
+        source = with_config(folder, lambda config: config.update(ignore=["lm_head", ignored]))  # noqa: B023
+        with pytest.raises(ValueError, match=r"up_proj: its scales are stored, but ignore has it by"):
+            source.load_model()
+
+
+def test_a_zero_point_left_over_in_a_symmetric_layer_is_refused(tmp_path):
+    folder = written(CompressedTensors(), small("toy:llama", "W4A16_ASYM_G32", moved=False), tmp_path / "out")
+    source = with_config(folder, lambda config: config["config_groups"]["group_0"]["weights"].update(symmetric=True))
+    with pytest.raises(ValueError, match="says symmetric, but a weight_zero_point is stored"):
+        source.load_model()
+    folder = written(CompressedTensors(), small("toy:llama", "W8A8", moved=False), tmp_path / "zero")
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if key.endswith("weight_scale")]:
+        tensors[key.replace("scale", "zero_point")] = torch.zeros_like(tensors[key], dtype=torch.int8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    ModelSource(str(folder)).load_model()  # zeros say what symmetric says
+
+
+def test_of_gptqs_dynamic_rules_the_first_that_matches_counts(tmp_path):
+    folder = written(GPTQ(), small("toy:llama", "GPTQ_4BIT_G32", moved=False), tmp_path / "out")
+    rules = {"+:.*up_proj": {"bits": 4}, ".*down_proj": {}, "+:.*(up|down)_proj": {"bits": 8}}
+    model = with_config(folder, lambda config: config.update(dynamic=rules)).load_model()
+    plain = ModelSource(str(written(GPTQ(), small("toy:llama", "GPTQ_4BIT_G32", moved=False), tmp_path / "plain")))
+    plain = plain.load_model()
+    assert torch.equal(model.get_submodule(f"{MLP}.up_proj").weight, plain.get_submodule(f"{MLP}.up_proj").weight)
+    source = with_config(folder, lambda config: config.update(dynamic={"-:.*up_proj": {}, "+:.*up_proj": {}}))
+    with pytest.raises(ValueError, match="up_proj: it is packed, but dynamic leaves it out"):
+        source.load_model()
