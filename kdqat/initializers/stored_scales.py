@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from kdqat.initializers.rtn import RTN
@@ -14,6 +16,10 @@ class StoredScales(RTN):
     """Scales and zero points of a student that was loaded from a compressed-tensors, GPTQ or AWQ folder.
 
     Layers that were stored otherwise than the plan has them, or not quantized, get RTN's scales.
+
+    Raises:
+        ValueError: from `initialize`, naming the layer, if its quantizer takes no scales, or its weights do not fall
+            back on their codes: rounded to bfloat16, some of 8 bits and an asymmetric grid fall on the next.
     """
 
     @torch.no_grad()
@@ -30,3 +36,15 @@ class StoredScales(RTN):
                     "checkpoint's scales: use LSQ or Fixed, or the RTN initializer"
                 )
             quantizer.load_qparams(stored.qparams, stored.second_level or None)
+            if changed := _changed(quantizer.codes(layer.latent_matrix()).cpu(), stored):
+                dtype = str(layer.weight.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"layer {name}: in {dtype} {changed} of its weights are not the codes that the checkpoint stores: "
+                    "load it in float32 (student: {dtype: float32}) and leave its weights alone until here"
+                )
+
+
+def _changed(codes: torch.Tensor, stored: StoredLayer) -> int:
+    """How many codes stand for another number than those stored; under a scale of 0 all are the same."""
+    differ = replace(stored, codes=codes).levels != stored.levels
+    return int((differ & (stored.qparams.scale != 0)).sum())

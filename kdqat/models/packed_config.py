@@ -25,7 +25,7 @@ def group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     regexes = sorted(target for target in groups if _is_regex_of(target, name))
     for target in (name, *regexes, *_CLASSES):
         if target in groups:
-            return groups[target]  # type: ignore[no-any-return]
+            return groups[target]
     raise ValueError("no config group targets it")
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kdqat.models.packed_config import gptq_settings, group_of
+from kdqat.quant.formats import decode
+from kdqat.quant.grouping import to_groups
 from kdqat.quant.layouts import awq, fp4, gptq, pack_quantized
-from kdqat.spec import LayerScheme, QuantSpec, number_format, preset
+from kdqat.spec import LayerScheme, QuantSpec, preset
 from kdqat.types import QParams
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -25,14 +27,25 @@ class StoredLayer:
     Attributes:
         scheme: its format, as a plan says it.
         qparams: scale and zero point, fp32, of `scheme.weight.qparam_shape`.
-        weight: [O, I] fp32, scale * (code - zero point).
+        codes: [O, I], numbers as `FakeQuantizer.codes` has them, a byte each.
         second_level: of nested scales (NVFP4's global_scale).
     """
 
     scheme: LayerScheme
     qparams: QParams
-    weight: Tensor
+    codes: Tensor
     second_level: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def levels(self) -> Tensor:
+        """What the codes stand for before scales, [O, N, G] fp32: groups as in `qparams`."""
+        assert self.scheme.weight is not None
+        return to_groups(decode(self.codes, self.scheme.weight), self.scheme.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, I] fp32: scale * (code - zero point)."""
+        return (self.qparams.scale * (self.levels - self.qparams.zero_point)).flatten(1)
 
 
 def reader_for(config: Mapping[str, Any]) -> tuple[str, Sequence[str], Read]:
@@ -84,7 +97,6 @@ def _shifts(zero_point: Tensor | None) -> bool:
 
 def _fp4(own: Mapping[str, Tensor], inputs: Mapping[str, Any] | None) -> StoredLayer:
     codes, scale = fp4.unpack_fp4(own["weight_packed"]), own["weight_scale"]
-    values = torch.tensor(number_format("e2m1").code_values())[codes.long()]
     second = {}
     if "weight_global_scale" in own:
         second = {"global_scale": own["weight_global_scale"].float().reshape(1)}
@@ -93,8 +105,7 @@ def _fp4(own: Mapping[str, Tensor], inputs: Mapping[str, Any] | None) -> StoredL
         scale, kind = fp4.decode_e8m0(scale), "MXFP4"
     scheme = preset(kind if inputs is not None else f"{kind}_A16")
     scale = scale.unsqueeze(-1)
-    weight = (values.reshape(*scale.shape[:2], -1) * scale).flatten(1)
-    return StoredLayer(scheme, QParams(scale, torch.zeros_like(scale)), weight, second)
+    return StoredLayer(scheme, QParams(scale, torch.zeros_like(scale)), codes.to(torch.uint8), second)
 
 
 def _gptq(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLayer:
@@ -148,5 +159,5 @@ def _integers(
     scale, zero_point = scale.float().reshape(shape), zero_point.float().reshape(shape)
     if (scale == 0).any():
         raise ValueError("it has a scale of 0, by which nothing can be rounded")
-    weight = (scale * (codes.float().reshape(*shape[:2], -1) - zero_point)).flatten(1)
-    return StoredLayer(LayerScheme(weight=spec, activation=activation), QParams(scale, zero_point), weight)
+    codes = codes.to(torch.int8 if symmetric else torch.uint8)
+    return StoredLayer(LayerScheme(weight=spec, activation=activation), QParams(scale, zero_point), codes)

@@ -8,8 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdqat.allocate import FromCheckpoint
 from kdqat.exporters import GPTQ, CompressedTensors
+from kdqat.initializers import StoredScales
 from kdqat.models import ModelSource
+from kdqat.quant import LSQ
+from kdqat.student import prepare_student
 from tests.exporters.test_packed_formats import MLP, small, stored_config, written
 
 
@@ -74,3 +78,27 @@ def test_of_gptqs_dynamic_rules_the_first_that_matches_counts(tmp_path):
     source = with_config(folder, lambda config: config.update(dynamic={"-:.*up_proj": {}, "+:.*up_proj": {}}))
     with pytest.raises(ValueError, match="up_proj: it is packed, but dynamic leaves it out"):
         source.load_model()
+
+
+def imported(folder, dtype="float32", **arguments):
+    return prepare_student(
+        ModelSource(str(folder), dtype), FromCheckpoint(str(folder)), LSQ, StoredScales(), **arguments
+    )
+
+
+def test_codes_that_a_loading_dtype_would_change_are_refused_naming_the_layer_and_float32(tmp_path):
+    folder = written(GPTQ(format="gptq_v2"), small("toy:llama", "W8A16_ASYM"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"layer model\.layers\.\d\..*: in bfloat16 \d+ of its weights .* in float32"):
+        imported(folder, "bfloat16")
+    imported(folder, "float16")
+    four = written(GPTQ(), small("toy:llama"), tmp_path / "four")
+    imported(four, "bfloat16")  # four bits survive it
+
+
+def test_a_negative_zero_among_fp4_codes_is_no_change(tmp_path):
+    folder = written(CompressedTensors(), small("toy:llama", "MXFP4_A16"), tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{MLP}.up_proj.weight_packed"][0, :2] = torch.tensor([0x08, 0x80], dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    codes = imported(folder).model.get_submodule(f"{MLP}.up_proj").latent_matrix()[0, :4]
+    assert torch.equal(codes, torch.zeros(4))
