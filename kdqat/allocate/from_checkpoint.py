@@ -16,6 +16,7 @@ class FromCheckpoint(BitAllocator):
     """The plan of the compressed-tensors, GPTQ or AWQ folder `path`; what is not quantized there is ignored.
 
     With the student loaded from the same folder and the initializer StoredScales, training starts from its codes.
+    Static activations and an fp8 KV cache are planned too, but calibration sets their ranges anew.
     """
 
     def __init__(self, path: str) -> None:
@@ -26,7 +27,8 @@ class FromCheckpoint(BitAllocator):
         Raises:
             ValueError: if the folder is no such checkpoint, or it is another model's.
         """
-        stored = read_packed(Path(self.path).expanduser()).layers
+        checkpoint = read_packed(Path(self.path).expanduser())
+        stored = checkpoint.layers
         names = {layer.name for layer in layers}
         for name in stored:
             if name not in names:
@@ -35,4 +37,5 @@ class FromCheckpoint(BitAllocator):
         ignored = tuple(layer.name for layer in layers if layer.role != EMBEDDING and layer.name not in planned)
         families = [[layer.name for layer in family] for family in families_of(layers)]
         alike = [f for f in families if len(f) > 1 and len({planned.get(n) for n in f}) == 1 and f[0] in planned]
-        return QuantPlan(planned, ignored, families=tuple(tuple(family) for family in alike))
+        fused = tuple(tuple(family) for family in alike)
+        return QuantPlan(planned, ignored, checkpoint.kv_cache, families=fused)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from kdqat.initializers.rtn import RTN
@@ -45,6 +43,6 @@ class StoredScales(RTN):
 
 
 def _changed(codes: torch.Tensor, stored: StoredLayer) -> int:
-    """How many codes stand for another number than those stored; under a scale of 0 all are the same."""
-    differ = replace(stored, codes=codes).levels != stored.levels
-    return int((differ & (stored.qparams.scale != 0)).sum())
+    """How many codes are not those stored; under a scale of 0 all mean the same."""
+    scale = stored.qparams.scale
+    return int(((codes != stored.codes).reshape(*scale.shape[:2], -1) & (scale != 0)).sum())

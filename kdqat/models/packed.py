@@ -11,27 +11,41 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdqat.models.packed_layers import StoredLayer, reader_for
+from kdqat.models.packed_config import kv_cache_of
+from kdqat.models.packed_layers import INPUTS, StoredLayer, reader_for
+from kdqat.spec import KVCacheScheme
+
+log = logging.getLogger(__name__)
 
 STORED = "stored_qparams"  # attribute of a layer
+_CACHE = tuple(f".{part}_{kind}" for part in "qkv" for kind in ("scale", "zero_point"))
 
 
 @dataclass(frozen=True)
 class PackedCheckpoint:
-    """What a folder holds: its quantized layers by name, and all other tensors by their full names."""
+    """What a folder holds.
+
+    Attributes:
+        layers: its quantized layers by name.
+        rest: all other tensors by their full names.
+        kv_cache: as a plan says it.
+        dropped: names of the stored ranges of activations and KV cache: calibration sets them anew.
+    """
 
     layers: Mapping[str, StoredLayer]
     rest: Mapping[str, Tensor]
+    kv_cache: KVCacheScheme | None
+    dropped: Sequence[str]
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
@@ -65,6 +79,12 @@ def read_packed(folder: Path) -> PackedCheckpoint:
         raise ValueError(f"{folder}: {file.name} is damaged ({error}); fetch or write it again") from error
     marker, own_names, read = reader_for(config)
     layers: dict[str, StoredLayer] = {}
+    kv_cache, has_cache = kv_cache_of(config), bool(config.get("kv_cache_scheme"))
+    if has_cache and kv_cache is None:
+        log.warning("%s: its kv_cache_scheme is none that kdqat knows; say kv_cache in the plan yourself", folder)
+    dropped = [key for key in tensors if has_cache and key.endswith(_CACHE)]
+    for key in dropped:
+        del tensors[key]
     for name in [key.removesuffix(marker) for key in tensors if key.endswith(marker)]:
         own = {last: tensors.pop(f"{name}.{last}") for last in own_names if f"{name}.{last}" in tensors}
         try:
@@ -72,29 +92,26 @@ def read_packed(folder: Path) -> PackedCheckpoint:
         except (ValueError, KeyError) as error:
             missing = f"its tensor {error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{folder}: layer {name}: {missing}") from error
-    return PackedCheckpoint(layers, tensors)
+        dropped += [f"{name}.{last}" for last in INPUTS if last in own]
+    return PackedCheckpoint(layers, tensors, kv_cache, dropped)
 
 
-def load_packed_model(
-    folder: Path, config: Any, auto: Any, dtype: torch.dtype, *, trust_remote_code: bool
-) -> nn.Module:
-    """The plain model of `folder` on the CPU, each quantized layer with its `stored_qparams`.
+def load_packed_model(folder: Path, model: nn.Module) -> nn.Module:
+    """`model`, with the weights of `folder`, in eval mode; each quantized layer with its `stored_qparams`.
 
     Args:
-        config: of transformers, as it is in the folder; it is left alone.
-        auto: the auto class that makes the model.
+        model: as the folder's `plain_config` makes it, with any weights.
 
     Raises:
         ValueError: as `read_packed`, or if tensors and model do not fit each other.
     """
     checkpoint = read_packed(folder)
-    model = auto.from_config(plain_config(config), dtype=dtype, trust_remote_code=trust_remote_code)
     state = {f"{name}.weight": layer.weight for name, layer in checkpoint.layers.items()} | dict(checkpoint.rest)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
-    model.tie_weights()
+    model.tie_weights()  # type: ignore[operator]
     tied = set(getattr(model, "all_tied_weights_keys", ()) or ())
     wrong = sorted(set(missing) - tied) or sorted(unexpected)
     if wrong:
@@ -102,6 +119,14 @@ def load_packed_model(
         raise ValueError(f"{folder}: tensor {wrong[0]} {fault}; such layers cannot be the start of a student")
     for name, layer in checkpoint.layers.items():
         setattr(model.get_submodule(name), STORED, layer)
+    if checkpoint.dropped:
+        log.warning(
+            "%s: %d stored ranges of activations or KV cache (%s ...) are not taken over: plan these with "
+            "FromCheckpoint, and set them anew on text with model.calibration",
+            folder,
+            len(checkpoint.dropped),
+            checkpoint.dropped[0],
+        )
     return model.eval()
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kdqat.spec import KVCacheScheme, parse_kv_cache
+
 _CLASSES = ("Linear", "Module")  # of a quantized layer, as compressed-tensors names classes
 
 
@@ -44,6 +46,13 @@ def gptq_settings(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"it is packed, but dynamic leaves it out by {rule!r}; one of the two is wrong")
             return settings | override
     return settings
+
+
+def kv_cache_of(config: Mapping[str, Any]) -> KVCacheScheme | None:
+    """The KV cache as a plan says it: KV_FP8, e4m3 under one static scale; None if there is none or another."""
+    asked = config.get("kv_cache_scheme") or {}
+    kind = tuple(asked.get(key) for key in ("type", "num_bits", "strategy", "dynamic", "symmetric"))
+    return parse_kv_cache("KV_FP8") if kind == ("float", 8, "tensor", False, True) else None
 
 
 def _is_regex_of(target: str, name: str) -> bool:

@@ -17,6 +17,7 @@ from kdqat.spec import LayerScheme, QuantSpec, preset
 from kdqat.types import QParams
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+INPUTS = ("input_global_scale", "input_scale", "input_zero_point")  # ranges of activations, which are not taken over
 Read = Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], "StoredLayer"]
 
 
@@ -37,22 +38,18 @@ class StoredLayer:
     second_level: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def levels(self) -> Tensor:
-        """What the codes stand for before scales, [O, N, G] fp32: groups as in `qparams`."""
-        assert self.scheme.weight is not None
-        return to_groups(decode(self.codes, self.scheme.weight), self.scheme.weight)
-
-    @property
     def weight(self) -> Tensor:
         """[O, I] fp32: scale * (code - zero point)."""
-        return (self.qparams.scale * (self.levels - self.qparams.zero_point)).flatten(1)
+        spec, (scale, zero_point) = self.scheme.weight, self.qparams
+        assert spec is not None
+        return (scale * (to_groups(decode(self.codes, spec), spec) - zero_point)).flatten(1)
 
 
 def reader_for(config: Mapping[str, Any]) -> tuple[str, Sequence[str], Read]:
     """(the suffix that marks a quantized layer, its tensors' last names, the function that reads it)."""
     if config["quant_method"] == "compressed-tensors":
         own = ("weight_scale", "weight_packed", "weight", "weight_shape", "weight_zero_point", "weight_global_scale")
-        return ".weight_scale", (*own, "input_global_scale"), _compressed
+        return ".weight_scale", (*own, *INPUTS), _compressed
     words = ("qweight", "qzeros", "scales", "g_idx")
     return ".qweight", words, _gptq if config["quant_method"] == "gptq" else _awq
 
@@ -65,6 +62,8 @@ def _compressed(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any])
     if args["symmetric"] and _shifts(own.get("weight_zero_point")):
         raise ValueError("its config says symmetric, but a weight_zero_point is stored; one of the two is wrong")
     if args["type"] == "float":
+        if args["num_bits"] != 4 or args.get("group_size") not in (16, 32):
+            raise ValueError(f"float {args['num_bits']} weights are not known; integers, NVFP4 and MXFP4 are")
         return _fp4(own, inputs)
     bits, symmetric = args["num_bits"], args["symmetric"]
     if args["strategy"] not in ("channel", "group"):
@@ -80,14 +79,25 @@ def _compressed(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any])
     if not symmetric:
         zero_point = pack_quantized.unpack_zero_points(own["weight_zero_point"], bits, len(codes))
     size = args["group_size"] if args["strategy"] == "group" else None
-    activation = None
-    if inputs is not None:
-        if (inputs["type"], inputs["strategy"], inputs["dynamic"]) != ("int", "token", True):
-            raise ValueError("its activations are not by token and dynamic; set them in the plan yourself")
-        activation = preset("W8A8").activation if inputs["symmetric"] and inputs["num_bits"] == 8 else None
-        if activation is None:
-            raise ValueError("only symmetric int8 activations are known")
+    activation = None if inputs is None else _activation(inputs)
     return _integers(codes, scale, zero_point, bits, size, symmetric, activation)
+
+
+def _activation(inputs: Mapping[str, Any]) -> QuantSpec:
+    kind, bits, how = inputs["type"], inputs["num_bits"], (inputs["strategy"], inputs["dynamic"])
+    if kind != "int" or bits not in (4, 8) or how not in (("token", True), ("tensor", False)):
+        live = "dynamic" if inputs["dynamic"] else "static"
+        raise ValueError(
+            f"{live} activations of {kind} {bits} by {inputs['strategy']} are not known; int 8 and 4 by token and "
+            "dynamic, or by tensor and static, are"
+        )
+    return QuantSpec(
+        format=f"int{bits}",
+        granularity=inputs["strategy"],
+        dynamic=inputs["dynamic"],
+        symmetric=inputs["symmetric"],
+        zero_point="none" if inputs["symmetric"] else "integer",
+    )
 
 
 def _shifts(zero_point: Tensor | None) -> bool:

@@ -63,9 +63,13 @@ class ModelSource:
         with _explained(self.path):
             config = AutoConfig.from_pretrained(where, **extra)
             weights = {} if "gguf_file" in extra else {"use_safetensors": True}
-            if Path(where).is_dir() and "gguf_file" not in extra and quantization_of(Path(where)):
-                return self._load_packed(Path(where), config)
-            model = auto_class(config).from_pretrained(where, dtype=getattr(torch, self.dtype), **extra, **weights)
+            packed = Path(where).is_dir() and "gguf_file" not in extra and quantization_of(Path(where)) is not None
+            if packed:
+                model = self._plain_model(config)
+            else:
+                model = auto_class(config).from_pretrained(where, dtype=getattr(torch, self.dtype), **extra, **weights)
+        if packed:
+            return load_packed_model(Path(where), model)  # its errors say themselves what to do
         if "gguf_file" in extra:
             _forget_gguf(model)
         return model.eval()
@@ -76,19 +80,16 @@ class ModelSource:
         Raises:
             ValueError: as `load_model`.
         """
-        dtype = getattr(torch, self.dtype)
         if self.path.startswith("toy:"):
             with torch.device("meta"):
-                return cast_model(toy_model(self._toy_kind()), dtype).eval()
-        with _explained(self.path):
-            config = plain_config(_config_of(replace(self, dtype="float32")))
-            with torch.device("meta"):
-                model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
-        return model.eval()
+                return cast_model(toy_model(self._toy_kind()), getattr(torch, self.dtype)).eval()
+        with _explained(self.path), torch.device("meta"):
+            return self._plain_model(_config_of(replace(self, dtype="float32"))).eval()
 
-    def _load_packed(self, folder: Path, config: Any) -> nn.Module:
-        dtype = getattr(torch, self.dtype)
-        return load_packed_model(folder, config, auto_class(config), dtype, trust_remote_code=self.trust_remote_code)
+    def _plain_model(self, config: Any) -> Any:
+        """Made from `config`, without weights."""
+        config, dtype = plain_config(config), getattr(torch, self.dtype)
+        return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer; errors as `load_model`."""

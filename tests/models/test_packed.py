@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdqat.allocate import FromCheckpoint
+from kdqat.calibrate import Calibration
 from kdqat.exporters import GPTQ, CompressedTensors
 from kdqat.initializers import StoredScales
 from kdqat.models import ModelSource
@@ -95,10 +96,64 @@ def test_codes_that_a_loading_dtype_would_change_are_refused_naming_the_layer_an
     imported(four, "bfloat16")  # four bits survive it
 
 
-def test_a_negative_zero_among_fp4_codes_is_no_change(tmp_path):
+def test_a_negative_zero_among_fp4_codes_stays_one(tmp_path):
     folder = written(CompressedTensors(), small("toy:llama", "MXFP4_A16"), tmp_path / "out")
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{MLP}.up_proj.weight_packed"][0, :2] = torch.tensor([0x08, 0x80], dtype=torch.uint8)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    codes = imported(folder).model.get_submodule(f"{MLP}.up_proj").latent_matrix()[0, :4]
-    assert torch.equal(codes, torch.zeros(4))
+    layer = imported(folder).layers[f"{MLP}.up_proj"]
+    assert layer.weight_fake_quantizer.codes(layer.latent_matrix())[0, :4].tolist() == [8, 0, 0, 8]
+
+
+TEXT = Calibration("kdqat:prose", seq_len=32, num_rows=4)
+RANGES = {
+    "static activations": ({"scheme": "W8A8_STATIC"}, "28 stored ranges", "input_scale"),
+    "fp8 cache": ({"kv_cache": "KV_FP8"}, "4 stored ranges", "k_scale"),
+}
+
+
+@pytest.mark.parametrize("arguments, says, name", RANGES.values(), ids=RANGES.keys())
+def test_stored_ranges_are_planned_and_calibrated_anew_which_is_said(arguments, says, name, tmp_path, caplog):
+    first = small("toy:llama", **arguments)
+    folder = written(CompressedTensors(), first, tmp_path / "first")
+    student = imported(folder, calibration=TEXT)
+    assert says in caplog.text and name in caplog.text and "model.calibration" in caplog.text
+    assert dict(student.plan) == dict(first.plan) and student.plan.kv_cache == first.plan.kv_cache
+    again = written(CompressedTensors(), student, tmp_path / "again")
+    assert stored_config(again) == stored_config(folder)
+    before, after = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
+    assert before.keys() == after.keys()
+    kept = [key for key in before if not key.endswith(("input_scale", "input_zero_point", "k_scale", "v_scale"))]
+    assert all(torch.equal(before[key], after[key]) for key in kept) and len(kept) < len(before)
+    with pytest.raises(ValueError, match="calibration is missing"):
+        imported(folder)
+
+
+@pytest.mark.parametrize("bits, symmetric", [(8, False), (4, True)])
+def test_other_dynamic_activations_by_token_are_imported(bits, symmetric, tmp_path):
+    folder = written(CompressedTensors(), small("toy:llama", "W8A8", moved=False), tmp_path / "out")
+    wanted = {"num_bits": bits, "symmetric": symmetric}
+    with_config(folder, lambda config: config["config_groups"]["group_0"]["input_activations"].update(wanted))
+    spec = imported(folder).plan[f"{MLP}.up_proj"].activation
+    assert (spec.format, spec.symmetric, spec.dynamic) == (f"int{bits}", symmetric, True)
+
+
+def test_what_no_student_starts_from_is_named_and_not_blamed_on_transformers(tmp_path):
+    folder = written(CompressedTensors(), small("toy:llama", "W8A8", moved=False), tmp_path / "out")
+    group = stored_config(folder)["config_groups"]["group_0"]
+    inputs = {**group["input_activations"], "strategy": "tensor"}
+    weights = {**group["weights"], "type": "float"}
+    for change, says in (
+        ({"weights": weights}, "float 8 weights are not known; integers, NVFP4 and MXFP4 are"),
+        ({"input_activations": inputs}, "dynamic activations of int 8 by tensor are not known; int 8 and 4 by token"),
+    ):
+        source = with_config(folder, lambda config: config["config_groups"].update(group_0={**group, **change}))  # noqa: B023
+        with pytest.raises(ValueError, match=says) as error:
+            source.load_model()
+        assert "transformers" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_an_unknown_cache_is_left_to_the_plan_and_said(tmp_path, caplog):
+    folder = written(CompressedTensors(), small("toy:llama", kv_cache="KV_FP8", moved=False), tmp_path / "out")
+    with_config(folder, lambda config: config["kv_cache_scheme"].update(type="int"))
+    assert imported(folder).plan.kv_cache is None and "its kv_cache_scheme is none that kdqat knows" in caplog.text
