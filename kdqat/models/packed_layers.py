@@ -124,6 +124,10 @@ def _gptq(name: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> St
     version = 2 if (config.get("checkpoint_format") or config.get("format")) == "gptq_v2" else 1
     width = own["qweight"].shape[0] * 32 // bits
     size = None if settings["group_size"] == -1 else settings["group_size"]
+    if "g_idx" in own and len(own["g_idx"]) != width:
+        raise ValueError(
+            f"in {bits} bits, as its config says, it has {width} inputs, but its g_idx {len(own['g_idx'])}"
+        )
     if "g_idx" in own and not torch.equal(own["g_idx"].int(), gptq.group_index(width, size or width)):
         raise ValueError("its inputs are reordered (desc_act), which a group of neighbours cannot hold")
     codes = gptq.unpack_weight(own["qweight"], bits, width)

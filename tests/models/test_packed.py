@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from safetensors.torch import load_file, save_file
 
 from kdqat.allocate import FromCheckpoint
@@ -13,6 +14,8 @@ from kdqat.calibrate import Calibration
 from kdqat.exporters import GPTQ, CompressedTensors
 from kdqat.initializers import StoredScales
 from kdqat.models import ModelSource
+from kdqat.models.packed_config import group_of
+from kdqat.models.toy import toy_model
 from kdqat.quant import LSQ
 from kdqat.student import prepare_student
 from tests.exporters.test_packed_formats import MLP, small, stored_config, written
@@ -48,6 +51,32 @@ def test_config_groups_are_searched_by_name_then_by_regex_then_by_class(tmp_path
         load(["re:.*no_such"])
 
 
+def test_overlapping_config_groups_are_resolved_as_compressed_tensors_resolves_them():
+    """Bits are marks here: each group has its own."""
+    targets = [["Linear"], ["re:.*up_proj", "re:.*proj"], ["re:.*mlp.*", f"{MLP}.up_proj"], ["re:.*proj"]]
+    groups = {
+        f"group_{i}": {"targets": t, "weights": {"num_bits": i + 2, "symmetric": True, "strategy": "channel"}}
+        for i, t in enumerate(targets)
+    }
+    config = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head", "re:.*o_proj"]}
+    model = toy_model("llama")
+    apply_quantization_config(model, QuantizationConfig.model_validate(config))
+    theirs = {name: m.quantization_scheme.weights.num_bits for name, m in linears(model) if is_quantized(m)}
+    assert {name: group_of(name, config)["weights"]["num_bits"] for name in theirs} == theirs
+    assert len(set(theirs.values())) == 2 and len(theirs) == 12
+    for name in {name for name, _ in linears(model)} - set(theirs):
+        with pytest.raises(ValueError, match="ignore has it"):
+            group_of(name, config)
+
+
+def linears(model):
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def is_quantized(module):
+    return hasattr(module, "quantization_scheme")
+
+
 def test_a_layer_that_the_config_ignores_and_the_files_quantize_is_refused(tmp_path):
     folder = written(CompressedTensors(), small("toy:llama", moved=False), tmp_path / "out")
     for ignored in (f"{MLP}.up_proj", "re:.*up_proj"):
@@ -76,6 +105,9 @@ def test_of_gptqs_dynamic_rules_the_first_that_matches_counts(tmp_path):
     plain = ModelSource(str(written(GPTQ(), small("toy:llama", "GPTQ_4BIT_G32", moved=False), tmp_path / "plain")))
     plain = plain.load_model()
     assert torch.equal(model.get_submodule(f"{MLP}.up_proj").weight, plain.get_submodule(f"{MLP}.up_proj").weight)
+    source = with_config(folder, lambda config: config.update(dynamic={"up_proj": {}, ".*": {"bits": 8}}))
+    with pytest.raises(ValueError, match=r"in 8 bits, as its config says, it has \d+ inputs, but its g_idx \d+"):
+        source.load_model()
     source = with_config(folder, lambda config: config.update(dynamic={"-:.*up_proj": {}, "+:.*up_proj": {}}))
     with pytest.raises(ValueError, match="up_proj: it is packed, but dynamic leaves it out"):
         source.load_model()
