@@ -83,6 +83,10 @@ class Exporter(ABC):
         """The package that its engine is in and how to install it; None if it is there."""
         return None
 
+    def writer_missing(self) -> str | None:
+        """The package that `export` needs and how to install it; None if it is there. Asked before training, too."""
+        return None
+
     def reader_missing(self) -> str | None:
         """The package its reader needs and how to install it; None if it is there."""
         return None

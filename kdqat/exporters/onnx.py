@@ -38,11 +38,11 @@ class ONNX(Exporter):
     reader: ClassVar[str] = "onnx_reader.py"
     library_name: ClassVar[str] = "onnx"
 
+    def writer_missing(self) -> str | None:
+        return _missing("onnx", "onnxscript")
+
     def reader_missing(self) -> str | None:
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            if importlib.util.find_spec(package) is None:
-                return f'{package}; pip install "kdqat[onnx]"'
-        return None
+        return _missing("onnx", "onnxruntime")
 
     def refuses(self, student: Student) -> str | None:
         if student.split.family.causal:
@@ -63,8 +63,7 @@ class ONNX(Exporter):
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
-        missing = self.reader_missing()
-        if missing:
+        if missing := self.writer_missing():
             raise ValueError(f"export {self.name} writes with {missing}")
         import onnx
 
@@ -79,6 +78,13 @@ class ONNX(Exporter):
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
         return {"onnxruntime": f"onnxruntime.InferenceSession('{folder}/model.onnx').run(None, dict(tokens))"}
+
+
+def _missing(*packages: str) -> str | None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            return f'{package}; pip install "kdqat[onnx]"'
+    return None
 
 
 class _Plain(nn.Module):

@@ -37,6 +37,9 @@ class TorchAO(Exporter):
         schemes = [replace(s, activation=None) if _dynamic_int8(s) else s for s in plan.values()]
         return besides_weights(schemes, plan.kv_cache is not None)
 
+    def writer_missing(self) -> str | None:
+        return self.reader_missing()
+
     def reader_missing(self) -> str | None:
         if importlib.util.find_spec("torchao") is None:
             return 'torchao; pip install "kdqat[torchao]"'
@@ -62,8 +65,7 @@ class TorchAO(Exporter):
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
-        missing = self.reader_missing()
-        if missing:
+        if missing := self.writer_missing():
             raise ValueError(f"export {self.name} writes with {missing}")
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 

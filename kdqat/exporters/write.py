@@ -63,12 +63,15 @@ def export(
 def require_exportable(student: Student, exporter: Exporter, out_dir: Path, *, overwrite: bool) -> None:
     """
     Raises:
-        ValueError: if the format cannot hold the plan, or the folder exists and may not be overwritten.
+        ValueError: if the format cannot hold the plan, the package that writes it is missing, or the folder exists and
+            may not be overwritten.
     """
     reason = exporter.refuses(student)
     if reason:
         held = words_that_hold(student)
         which = f" (formats that hold this plan: {', '.join(held)})" if held else ""
         raise ValueError(f"export {exporter.name}: {reason}{which}")
+    if missing := exporter.writer_missing():
+        raise ValueError(f"export {exporter.name} writes with {missing}")
     if out_dir.exists() and not overwrite:
         raise ValueError(f"{out_dir} exists already: use --overwrite (overwrite=True) or another folder")
