@@ -183,3 +183,25 @@ def test_every_refusal_is_told_at_once(finished: Path, tmp_path: Path) -> None:
     done = server().run(finished, "export", "run", *options)
     assert done.code == 2 and "export onnx: " in done.err and "export gguf_q8_0: " in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_good_export_takes_the_rejected_one_away_and_one_that_nobody_proved_does_not(
+    finished: Path, tmp_path: Path
+) -> None:
+    options = ("export", "run", "--format", "dequantized", "--out", str(tmp_path))
+    assert server().run(finished, *options, before="tests.cli.test_export:corrupt").code == 2
+    run(finished, *options, "--no_verify")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dequantized", "dequantized.rejected"]
+    run(finished, *options, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["dequantized"]
+
+
+@pytest.mark.parametrize("file", ["out", "out/gptq", "out/gptq.rejected"])
+def test_a_file_where_a_folder_goes_is_named_and_left_alone(finished: Path, tmp_path: Path, file: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    options = ("--format", "gptq", "--out", str(tmp_path / "out"), "--overwrite")
+    done = server().run(finished, "export", "run", *options)
+    assert done.code == 2 and f"{tmp_path / file} is a file, and a folder goes there" in done.err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / file]
+    assert (tmp_path / file).read_text() == "mine"
