@@ -19,6 +19,7 @@ from torch import Tensor
 from kdqat.exporters.base import Exporter
 from kdqat.exporters.compressed_tensors_schemes import INT, MXFP4, NVFP4, PACK, Group, group_of
 from kdqat.exporters.hf_folder import codes_and_qparams, linears_left, refuses_layer, split_families, write_hf_folder
+from kdqat.exporters.use import loaded, served
 from kdqat.models.source import Dtype
 from kdqat.quant import FakeQuantizer, QuantizedLayer
 from kdqat.quant.kv import kv_caches
@@ -85,17 +86,9 @@ class CompressedTensors(Exporter):
         return _refuses_kv_cache(student.plan.kv_cache)
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
-        load = f"AutoModelForCausalLM.from_pretrained('{folder}')"
-        if any(not scheme.weight.symmetric for scheme in student.plan.values() if scheme.weight is not None):
-            load = (  # 5.23 allocates zero points that are not packed
-                f"AutoModelForCausalLM.from_pretrained('{folder}', "
-                "quantization_config=CompressedTensorsConfig(dequantize=True))"
-            )
-        return {
-            "vLLM": f"vllm serve {folder}",
-            "SGLang": f"python -m sglang.launch_server --model-path {folder}",
-            "transformers": f"{load}  # pip install compressed-tensors",
-        }
+        asymmetric = any(s.weight is not None and not s.weight.symmetric for s in student.plan.values())
+        config = "CompressedTensorsConfig(dequantize=True)" if asymmetric else ""  # 5.23 packs no zero points
+        return served(student, folder) | loaded(student, folder, package="compressed-tensors", config=config)
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:

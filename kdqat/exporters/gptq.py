@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdqat.exporters.base import Exporter
 from kdqat.exporters.hf_folder import FUSED, codes_and_qparams, linears_left, refuses_layer, write_hf_folder
+from kdqat.exporters.use import loaded, served
 from kdqat.files import write_text
 from kdqat.quant.layouts import gptq
 from kdqat.spec import QuantSpec
@@ -72,11 +73,7 @@ class GPTQ(Exporter):
         return None
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
-        return {
-            "vLLM": f"vllm serve {folder} --dtype float16",
-            "SGLang": f"python -m sglang.launch_server --model-path {folder} --dtype float16",
-            "transformers": f"AutoModelForCausalLM.from_pretrained('{folder}')  # pip install gptqmodel",
-        }
+        return served(student, folder, "--dtype float16") | loaded(student, folder, package="gptqmodel")
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:

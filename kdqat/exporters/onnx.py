@@ -77,7 +77,16 @@ class ONNX(Exporter):
         save_hf_files(student, out_dir)
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
-        return {"onnxruntime": f"onnxruntime.InferenceSession('{folder}/model.onnx').run(None, dict(tokens))"}
+        lines = [
+            "import onnxruntime",
+            "from transformers import AutoTokenizer",
+            "",
+            f'session = onnxruntime.InferenceSession("{folder}/model.onnx")',
+            f'tokens = AutoTokenizer.from_pretrained("{folder}")(["a sentence"], return_tensors="np")',
+            "names = {value.name for value in session.get_inputs()}",
+            "print(session.run(None, {key: value for key, value in tokens.items() if key in names})[0])",
+        ]
+        return {"onnxruntime (`pip install onnxruntime transformers`)": "\n".join(lines)}
 
 
 def _missing(*packages: str) -> str | None:
