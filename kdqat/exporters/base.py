@@ -71,7 +71,8 @@ class Exporter(ABC):
         return {}
 
     def leaves(self, plan: QuantPlan) -> str:
-        """What `plan` quantizes besides weights and the format leaves to the engine, in words; "" if nothing."""
+        """What `plan` quantizes besides weights and the engine computes otherwise than in training (in full precision,
+        or by a rule of its own), in words; "" if nothing."""
         return besides_weights(plan.values(), plan.kv_cache is not None)
 
     def say_what_is_left(self, plan: QuantPlan) -> None:

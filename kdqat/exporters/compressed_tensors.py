@@ -59,7 +59,19 @@ class CompressedTensors(Exporter):
         return self.dtype
 
     def leaves(self, plan: QuantPlan) -> str:
-        return ""  # a plan whose activations it cannot say is refused
+        """Live ranges of symmetric integers and of MX; a plan whose activations the format cannot say is refused."""
+        live = [s.activation for s in plan.values() if s.activation is not None and s.activation.dynamic]
+        own = any((spec.number.kind == "integer" and spec.symmetric) or spec.scale_dtype == "e8m0" for spec in live)
+        return "live ranges of activations" if own else ""
+
+    def say_what_is_left(self, plan: QuantPlan) -> None:
+        if left := self.leaves(plan):
+            log.warning(
+                "export %s: compressed-tensors takes %s by its own rule, so that activations round a little otherwise "
+                "than in training (docs/serving.md)",
+                self.name,
+                left,
+            )
 
     def reader_missing(self) -> str | None:
         if find_spec("compressed_tensors") is not None:
@@ -100,6 +112,7 @@ class CompressedTensors(Exporter):
             group = group_of(student.plan[name])
             groups.setdefault(group, []).append(name)
             quantized[name] = _weight_tensors(layer, student.plan[name], group) | _input_tensors(layer, group)
+        self.say_what_is_left(student.plan)
         _warn(student, groups)
         write_hf_folder(
             student,

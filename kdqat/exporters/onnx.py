@@ -78,6 +78,7 @@ class ONNX(Exporter):
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
         lines = [
+            "# pip install onnxruntime",
             "import onnxruntime",
             "from transformers import AutoTokenizer",
             "",
@@ -86,7 +87,7 @@ class ONNX(Exporter):
             "names = {value.name for value in session.get_inputs()}",
             "print(session.run(None, {key: value for key, value in tokens.items() if key in names})[0])",
         ]
-        return {"onnxruntime (`pip install onnxruntime transformers`)": "\n".join(lines)}
+        return {"onnxruntime": "\n".join(lines)}
 
 
 def _missing(*packages: str) -> str | None:

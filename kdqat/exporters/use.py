@@ -38,6 +38,7 @@ def loaded(student: Student, folder: str, *, package: str = "", config: str = ""
     names = sorted([cls, "AutoTokenizer", *([config.partition("(")[0]] if config else [])])
     argument = f", quantization_config={config}" if config else ""
     lines = [
+        *([f"# pip install {package}"] if package else []),
         f"from transformers import {', '.join(names)}",
         "",
         f'model = {cls}.from_pretrained("{folder}"{argument})',
@@ -51,4 +52,4 @@ def loaded(student: Student, folder: str, *, package: str = "", config: str = ""
     else:
         answer = "logits" if student.split.has_head else "last_hidden_state"
         lines += ['tokens = tokenizer(["a sentence"], return_tensors="pt")', f"print(model(**tokens).{answer})"]
-    return {f"transformers (`pip install {package}`)" if package else "transformers": "\n".join(lines)}
+    return {"transformers": "\n".join(lines)}
