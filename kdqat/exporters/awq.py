@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdqat.exporters.base import Exporter
+from kdqat.exporters.base import Exporter, first_besides_weights
 from kdqat.exporters.gptq import refuses_integers
 from kdqat.exporters.hf_folder import codes_and_qparams, linears_left, refuses_layer, write_hf_folder
 from kdqat.exporters.use import loaded, served
@@ -35,7 +35,10 @@ class AWQ(Exporter):
 
     def refuses(self, student: Student) -> str | None:
         if lost := self.leaves(student.plan):
-            return f"AWQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
+            first = first_besides_weights(student.plan)
+            return (
+                f"{first}: AWQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
+            )
         sizes: dict[int, str] = {}
         for name, layer in student.layers.items():
             if reason := refuses_layer(name, layer):

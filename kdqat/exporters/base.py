@@ -102,3 +102,9 @@ def besides_weights(schemes: Iterable[LayerScheme], kv_cache: bool) -> str:
         "the KV cache": kv_cache,
     }
     return ", ".join(kind for kind, there in kinds.items() if there)
+
+
+def first_besides_weights(plan: QuantPlan) -> str:
+    """The first layer whose activations or outputs `plan` quantizes, else "kv_cache"."""
+    quantized = (name for name, s in plan.items() if s.activation is not None or s.output is not None)
+    return next(quantized, "kv_cache")

@@ -46,7 +46,9 @@ class ONNX(Exporter):
 
     def refuses(self, student: Student) -> str | None:
         if student.split.family.causal:
-            return "a decoder in ONNX would recompute its cache at every token: export GGUF or compressed-tensors"
+            first = next(iter(student.layers))
+            why = "a decoder in ONNX would recompute its cache at every token"
+            return f"{first}: {why}: export GGUF or compressed-tensors"
         for name, layer in student.layers.items():
             if layer.weight_fake_quantizer is None:
                 continue

@@ -66,7 +66,8 @@ def test_a_students_folder_stands_for_its_run(finished: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("options, says", [
     (("--format", "dequantised"), "--format 'dequantised' is unknown; did you mean 'dequantized'"),
-    (("--format", "dequantized", "--format", "dequantized:float16"), "two formats would be written into"),
+    (("--format", "GGUF"), "unknown; use one of gguf:q4_0, gguf:q4_1, gguf:q8_0, gguf:q4_k, gguf:mxfp4, gguf:mixed"),
+    (("--format", "Dequantized", "--format", "dequantized:float16"), "two formats would be written into"),
     (("--format", "dequantized", "--trainer.max_steps", "3"), "a recipe's keys mean nothing here"),
 ])  # fmt: skip
 def test_what_cannot_be_asked_is_one_line(finished: Path, tmp_path: Path, options: Any, says: str) -> None:
