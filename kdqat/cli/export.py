@@ -68,14 +68,20 @@ def require_exportable(student: Student, exporters: Sequence[Exporter], out_dir:
     """Ask every exporter, before a file is written and before anything is trained.
 
     Raises:
-        ValueError: naming format, layer, reason and the formats that fit, or two formats of one folder.
+        ValueError: of every format that does not fit, naming layer, reason and the formats that do; or two formats of
+            one folder.
     """
     names = [exporter.name for exporter in exporters]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"export: two formats would be written into {out_dir / name}; ask for them one by one")
+    failed: list[Exception] = []
     for exporter in exporters:
-        api.require_exportable(student, exporter, out_dir / exporter.name, overwrite=overwrite)
+        try:
+            api.require_exportable(student, exporter, out_dir / exporter.name, overwrite=overwrite)
+        except ValueError as error:
+            failed.append(error)
+    _raise_all(failed)
 
 
 def write_exports(
@@ -88,11 +94,12 @@ def write_exports(
         options: `no_verify` and `overwrite` (or `resume`) of the command line.
 
     Raises:
-        ParityError: of the first format that was rejected, after all others were written.
+        ValueError: of every format that failed or was rejected (ParityError, if all of them were rejected), after all
+            others were written.
     """
     overwrite = options.overwrite or getattr(options, "resume", False)  # of the interrupted run's after its training
     about = About() if run is None else about_run(run)
-    rejected: list[ParityError] = []
+    failed: list[Exception] = []
     for exporter in exporters:
         try:
             where = api.export(
@@ -103,12 +110,20 @@ def write_exports(
                 verify=not options.no_verify,
                 about=about,
             )
-        except ParityError as error:
-            rejected.append(error)
-            continue
-        console.print(f"exported {exporter.name}: {where}")
-    if rejected:
-        raise ParityError("; ".join(map(str, rejected)))
+        except ParityError as error:  # it names its format
+            failed.append(error)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            failed.append(ValueError(f"export {exporter.name}: {error}"))
+        else:
+            console.print(f"exported {exporter.name}: {where}")
+    _raise_all(failed)
+
+
+def _raise_all(errors: Sequence[Exception]) -> None:
+    """One error that says what all of them say, if there are any; a command ends with one line."""
+    if errors:
+        kind = ParityError if all(isinstance(error, ParityError) for error in errors) else ValueError
+        raise kind("; ".join(map(str, errors)))
 
 
 def about_run(run: RunDir) -> About:

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdqat.exporters.base import Exporter
+from kdqat.exporters.base import Exporter, first_besides_weights
 from kdqat.exporters.gptq import refuses_integers
 from kdqat.exporters.hf_folder import codes_and_qparams, linears_left, refuses_layer, write_hf_folder
+from kdqat.exporters.use import loaded, served
 from kdqat.quant.layouts import awq
 from kdqat.student import Student
 
@@ -34,7 +35,10 @@ class AWQ(Exporter):
 
     def refuses(self, student: Student) -> str | None:
         if lost := self.leaves(student.plan):
-            return f"AWQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
+            first = first_besides_weights(student.plan)
+            return (
+                f"{first}: AWQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
+            )
         sizes: dict[int, str] = {}
         for name, layer in student.layers.items():
             if reason := refuses_layer(name, layer):
@@ -55,11 +59,7 @@ class AWQ(Exporter):
         return None
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
-        return {
-            "vLLM": f"vllm serve {folder} --dtype float16",
-            "SGLang": f"python -m sglang.launch_server --model-path {folder} --dtype float16",
-            "transformers": f"AutoModelForCausalLM.from_pretrained('{folder}')  # pip install gptqmodel",
-        }
+        return served(student, folder, "--dtype float16") | loaded(student, folder, package="gptqmodel")
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:

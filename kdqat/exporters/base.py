@@ -71,7 +71,8 @@ class Exporter(ABC):
         return {}
 
     def leaves(self, plan: QuantPlan) -> str:
-        """What `plan` quantizes besides weights and the format leaves to the engine, in words; "" if nothing."""
+        """What `plan` quantizes besides weights and the engine computes otherwise than in training (in full precision,
+        or by a rule of its own), in words; "" if nothing."""
         return besides_weights(plan.values(), plan.kv_cache is not None)
 
     def say_what_is_left(self, plan: QuantPlan) -> None:
@@ -81,6 +82,10 @@ class Exporter(ABC):
 
     def engine_missing(self) -> str | None:
         """The package that its engine is in and how to install it; None if it is there."""
+        return None
+
+    def writer_missing(self) -> str | None:
+        """The package that `export` needs and how to install it; None if it is there. Asked before training, too."""
         return None
 
     def reader_missing(self) -> str | None:
@@ -97,3 +102,9 @@ def besides_weights(schemes: Iterable[LayerScheme], kv_cache: bool) -> str:
         "the KV cache": kv_cache,
     }
     return ", ".join(kind for kind, there in kinds.items() if there)
+
+
+def first_besides_weights(plan: QuantPlan) -> str:
+    """The first layer whose activations or outputs `plan` quantizes, else "kv_cache"."""
+    quantized = (name for name, s in plan.items() if s.activation is not None or s.output is not None)
+    return next(quantized, "kv_cache")

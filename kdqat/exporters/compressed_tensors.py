@@ -19,6 +19,7 @@ from torch import Tensor
 from kdqat.exporters.base import Exporter
 from kdqat.exporters.compressed_tensors_schemes import INT, MXFP4, NVFP4, PACK, Group, group_of
 from kdqat.exporters.hf_folder import codes_and_qparams, linears_left, refuses_layer, split_families, write_hf_folder
+from kdqat.exporters.use import loaded, served
 from kdqat.models.source import Dtype
 from kdqat.quant import FakeQuantizer, QuantizedLayer
 from kdqat.quant.kv import kv_caches
@@ -58,7 +59,19 @@ class CompressedTensors(Exporter):
         return self.dtype
 
     def leaves(self, plan: QuantPlan) -> str:
-        return ""  # a plan whose activations it cannot say is refused
+        """Live ranges of symmetric integers and of MX; a plan whose activations the format cannot say is refused."""
+        live = [s.activation for s in plan.values() if s.activation is not None and s.activation.dynamic]
+        own = any((spec.number.kind == "integer" and spec.symmetric) or spec.scale_dtype == "e8m0" for spec in live)
+        return "live ranges of activations" if own else ""
+
+    def say_what_is_left(self, plan: QuantPlan) -> None:
+        if left := self.leaves(plan):
+            log.warning(
+                "export %s: compressed-tensors takes %s by its own rule, so that activations round a little otherwise "
+                "than in training (docs/serving.md)",
+                self.name,
+                left,
+            )
 
     def reader_missing(self) -> str | None:
         if find_spec("compressed_tensors") is not None:
@@ -85,17 +98,9 @@ class CompressedTensors(Exporter):
         return _refuses_kv_cache(student.plan.kv_cache)
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
-        load = f"AutoModelForCausalLM.from_pretrained('{folder}')"
-        if any(not scheme.weight.symmetric for scheme in student.plan.values() if scheme.weight is not None):
-            load = (  # 5.23 allocates zero points that are not packed
-                f"AutoModelForCausalLM.from_pretrained('{folder}', "
-                "quantization_config=CompressedTensorsConfig(dequantize=True))"
-            )
-        return {
-            "vLLM": f"vllm serve {folder}",
-            "SGLang": f"python -m sglang.launch_server --model-path {folder}",
-            "transformers": f"{load}  # pip install compressed-tensors",
-        }
+        asymmetric = any(s.weight is not None and not s.weight.symmetric for s in student.plan.values())
+        config = "CompressedTensorsConfig(dequantize=True)" if asymmetric else ""  # 5.23 packs no zero points
+        return served(student, folder) | loaded(student, folder, package="compressed-tensors", config=config)
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
@@ -107,6 +112,7 @@ class CompressedTensors(Exporter):
             group = group_of(student.plan[name])
             groups.setdefault(group, []).append(name)
             quantized[name] = _weight_tensors(layer, student.plan[name], group) | _input_tensors(layer, group)
+        self.say_what_is_left(student.plan)
         _warn(student, groups)
         write_hf_folder(
             student,

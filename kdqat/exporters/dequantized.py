@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 
 from kdqat.exporters.base import Exporter
-from kdqat.models.source import Dtype, auto_class
+from kdqat.exporters.use import loaded, served
+from kdqat.models.source import Dtype
 from kdqat.student import Student, plain_state
 
 
@@ -67,17 +68,6 @@ class DequantizedHF(Exporter):
         student.plan.save(out_dir)
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
-        cls = auto_class(student.model.config).__name__
-        load = [
-            f"from transformers import {cls}, AutoTokenizer",
-            "",
-            f'model, tokenizer = {cls}.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")',
-        ]
-        if not student.split.family.causal or not student.split.has_head:
-            return {"transformers": "\n".join(load)}
-        load += [
-            'prompt = tokenizer("Once upon a time", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))",
-        ]
         vllm = "vLLM (as fast as the base model, since the weights are plain floats)"
-        return {"transformers": "\n".join(load), vllm: f"vllm serve {folder}"}
+        commands = served(student, folder)
+        return loaded(student, folder) | ({vllm: commands["vLLM"]} if commands else {})

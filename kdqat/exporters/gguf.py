@@ -31,6 +31,8 @@ from kdqat.student import Student, plain_state
 # what decides the bytes; which range became the scale, and that a code is never used, do not
 _STORED = ("format", "granularity", "group_size", "symmetric", "zero_point", "scale_dtype", "hadamard", "levels")
 
+_BIASED = {"qwen2": ("q_proj", "k_proj", "v_proj")}  # model type -> whose biases llama.cpp adds; others have none
+
 GGUFType = Literal["q4_0", "q4_1", "q8_0", "q4_k", "mxfp4", "mixed"]
 FloatType = Literal["f16", "f32"]
 
@@ -93,9 +95,10 @@ class GGUF(Exporter):
 
     def _refuses_layers(self, student: Student) -> str | None:
         known = tensor_names(student.model.config)
+        biased = _BIASED.get(student.model.config.model_type, ())
         for key in plain_state(student):
             module, _, parameter = key.rpartition(".")
-            if module not in known or (parameter == "bias" and FAMILIES[student.model.config.model_type].permutes_qk):
+            if module not in known or (parameter == "bias" and module.rpartition(".")[2] not in biased):
                 return f"{key} has no place in this architecture's GGUF; export DequantizedHF"
         for name, layer in student.layers.items():
             if layer.adapter is not None and layer.adapter.placement == "outside":

@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from kdqat.exporters.base import Exporter
+from kdqat.exporters.base import Exporter, first_besides_weights
 from kdqat.exporters.hf_folder import FUSED, codes_and_qparams, linears_left, refuses_layer, write_hf_folder
+from kdqat.exporters.use import loaded, served
 from kdqat.files import write_text
 from kdqat.quant.layouts import gptq
 from kdqat.spec import QuantSpec
@@ -54,7 +55,10 @@ class GPTQ(Exporter):
 
     def refuses(self, student: Student) -> str | None:
         if lost := self.leaves(student.plan):
-            return f"GPTQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
+            first = first_besides_weights(student.plan)
+            return (
+                f"{first}: GPTQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
+            )
         for name, layer in student.layers.items():
             if reason := refuses_layer(name, layer):
                 return reason
@@ -68,15 +72,12 @@ class GPTQ(Exporter):
         if reason := refuses_integers(spec, _BITS, "GPTQ"):
             return reason
         if self.format == "gptq" and not spec.symmetric:
-            return "GPTQ version 1 stores zero point - 1 and has no 0; use format gptq_v2, or GPTQ_4BIT_G128"
+            symmetric = f"W{int(spec.bits)}A16 without _ASYM"
+            return f"GPTQ version 1 stores zero point - 1 and has no 0; use format gptq_v2, or {symmetric}"
         return None
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
-        return {
-            "vLLM": f"vllm serve {folder} --dtype float16",
-            "SGLang": f"python -m sglang.launch_server --model-path {folder} --dtype float16",
-            "transformers": f"AutoModelForCausalLM.from_pretrained('{folder}')  # pip install gptqmodel",
-        }
+        return served(student, folder, "--dtype float16") | loaded(student, folder, package="gptqmodel")
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
@@ -106,7 +107,7 @@ class GPTQ(Exporter):
 def refuses_integers(spec: QuantSpec, bits: tuple[int, ...], what: str) -> str | None:
     """What formats of unsigned integers with fp16 scales and integer zero points ask of a spec."""
     if spec.format not in {f"int{b}" for b in bits}:
-        return f"{what} holds int{', int'.join(map(str, bits))}, not {spec.format}; use GPTQ_4BIT_G128"
+        return f"{what} holds int{', int'.join(map(str, bits))}, not {spec.format}; {_instead(spec, bits)}"
     if spec.zero_point not in ("none", "integer"):
         return f"{what} holds integer zero points, not {spec.zero_point!r}; use W4A16_G32 or W4A16_ASYM_G32"
     if spec.scale_dtype != "float16":
@@ -114,6 +115,17 @@ def refuses_integers(spec: QuantSpec, bits: tuple[int, ...], what: str) -> str |
     if spec.granularity == "tensor":
         return f"{what} has a scale for each channel or group; use granularity channel"
     return None
+
+
+def _instead(spec: QuantSpec, bits: tuple[int, ...]) -> str:
+    """What holds the same bits; of a grid that is no integer at all, the integers nearest to it."""
+    number = int(spec.bits)
+    if spec.format == f"int{number}":
+        if number in _BITS and spec.zero_point in ("none", "integer"):
+            return f"export with {'gptq' if spec.symmetric else 'gptq-v2'}, which holds {number} bits"
+        return "export with compressed-tensors, which holds 2 to 8 bits"
+    near = min(bits, key=lambda held: (held < spec.bits, abs(held - spec.bits)))
+    return f"train under W{near}A16 ({near} bits, another grid), or export DequantizedHF"
 
 
 def _refuses_shape(spec: QuantSpec, shape: torch.Size) -> str | None:

@@ -1,17 +1,24 @@
-"""The Hugging Face files that lie beside the weights of any format: config, tokenizer, plan."""
+"""The Hugging Face files that lie beside the weights of any format: config, generation config, tokenizer, plan."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kdqat.student import Student
 
 
-def save_hf_files(student: Student, out_dir: Path) -> None:
-    """Write config.json (naming the model's class), tokenizer and quant_plan.json into `out_dir`."""
+def save_hf_files(student: Student, out_dir: Path, *, quantization_config: Mapping[str, Any] | None = None) -> None:
+    """Write config.json (naming the model's class), tokenizer and quant_plan.json into `out_dir`, and
+    generation_config.json of a model that generates."""
     config = copy.deepcopy(student.model.config)
     config.architectures = [type(student.model).__name__]
+    if quantization_config is not None:
+        config.quantization_config = dict(quantization_config)
     config.save_pretrained(out_dir)
+    if student.model.can_generate():
+        student.model.generation_config.save_pretrained(out_dir)
     student.tokenizer.save_pretrained(out_dir)
     student.plan.save(out_dir)

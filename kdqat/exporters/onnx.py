@@ -38,15 +38,17 @@ class ONNX(Exporter):
     reader: ClassVar[str] = "onnx_reader.py"
     library_name: ClassVar[str] = "onnx"
 
+    def writer_missing(self) -> str | None:
+        return _missing("onnx", "onnxscript")
+
     def reader_missing(self) -> str | None:
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            if importlib.util.find_spec(package) is None:
-                return f'{package}; pip install "kdqat[onnx]"'
-        return None
+        return _missing("onnx", "onnxruntime")
 
     def refuses(self, student: Student) -> str | None:
         if student.split.family.causal:
-            return "a decoder in ONNX would recompute its cache at every token: export GGUF or compressed-tensors"
+            first = next(iter(student.layers))
+            why = "a decoder in ONNX would recompute its cache at every token"
+            return f"{first}: {why}: export GGUF or compressed-tensors"
         for name, layer in student.layers.items():
             if layer.weight_fake_quantizer is None:
                 continue
@@ -63,8 +65,7 @@ class ONNX(Exporter):
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
-        missing = self.reader_missing()
-        if missing:
+        if missing := self.writer_missing():
             raise ValueError(f"export {self.name} writes with {missing}")
         import onnx
 
@@ -78,7 +79,24 @@ class ONNX(Exporter):
         save_hf_files(student, out_dir)
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
-        return {"onnxruntime": f"onnxruntime.InferenceSession('{folder}/model.onnx').run(None, dict(tokens))"}
+        lines = [
+            "# pip install onnxruntime",
+            "import onnxruntime",
+            "from transformers import AutoTokenizer",
+            "",
+            f'session = onnxruntime.InferenceSession("{folder}/model.onnx")',
+            f'tokens = AutoTokenizer.from_pretrained("{folder}")(["a sentence"], return_tensors="np")',
+            "names = {value.name for value in session.get_inputs()}",
+            "print(session.run(None, {key: value for key, value in tokens.items() if key in names})[0])",
+        ]
+        return {"onnxruntime": "\n".join(lines)}
+
+
+def _missing(*packages: str) -> str | None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            return f'{package}; pip install "kdqat[onnx]"'
+    return None
 
 
 class _Plain(nn.Module):

@@ -7,11 +7,13 @@ the inverse, so that an activation on the edge of two codes may fall to the othe
 torchao saves tensor subclasses with torch.save, which is a pickle, and nobody should unpickle a file of others. Its own
 flattening (`torchao.prototype.safetensors`) says the same in plain tensors and metadata: that is what is written here.
 Arithmetic is float32, which holds every stored scale, so that torchao dequantizes to the student's bits.
+transformers loads the folder as it is, since `quantization_config` in config.json tells it to.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +23,8 @@ from safetensors.torch import save_file
 
 from kdqat.exporters.base import Exporter, besides_weights
 from kdqat.exporters.hf_files import save_hf_files
+from kdqat.exporters.hf_folder import linears_left
+from kdqat.exporters.use import loaded
 from kdqat.quant import FakeQuantLinear
 from kdqat.spec import LayerScheme, QuantPlan, QuantSpec
 from kdqat.student import Student, plain_state
@@ -36,6 +40,9 @@ class TorchAO(Exporter):
     def leaves(self, plan: QuantPlan) -> str:
         schemes = [replace(s, activation=None) if _dynamic_int8(s) else s for s in plan.values()]
         return besides_weights(schemes, plan.kv_cache is not None)
+
+    def writer_missing(self) -> str | None:
+        return self.reader_missing()
 
     def reader_missing(self) -> str | None:
         if importlib.util.find_spec("torchao") is None:
@@ -62,8 +69,7 @@ class TorchAO(Exporter):
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
-        missing = self.reader_missing()
-        if missing:
+        if missing := self.writer_missing():
             raise ValueError(f"export {self.name} writes with {missing}")
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
@@ -81,7 +87,10 @@ class TorchAO(Exporter):
                 state[key] = value.detach().cpu().clone()
         tensors, metadata = flatten_tensor_state_dict(state)
         save_file({key: value.contiguous() for key, value in tensors.items()}, out_dir / "model.safetensors", metadata)
-        save_hf_files(student, out_dir)
+        save_hf_files(student, out_dir, quantization_config=_config(student))
+
+    def serving(self, student: Student, folder: str) -> Mapping[str, str]:
+        return loaded(student, folder, package="torchao")
 
 
 def intx_tensor(layer: Any, dynamic_int8: bool) -> Any:
@@ -104,6 +113,45 @@ def intx_tensor(layer: Any, dynamic_int8: bool) -> Any:
         block_size=(1, matrix.shape[1] // scale.shape[1]),
         dtype=torch.float32,
         activation_quantization="int8_asym_per_token" if dynamic_int8 else None,
+    )
+
+
+def _config(student: Student) -> dict[str, Any] | None:
+    """What transformers asks of config.json to load torchao's tensors as such: without it, it would take the model for
+    one of floats, find none of them, and compute with random weights. The numbers are those of the tensors."""
+    from torchao.quantization import FqnToConfig
+    from transformers import TorchAoConfig
+
+    held = {name: layer for name, layer in student.layers.items() if layer.weight_fake_quantizer is not None}
+    if not held:
+        return None
+    alike = {_settings(layer, student.plan[name]): name for name, layer in held.items()}
+    settings = {name: _intx_config(*_settings(layer, student.plan[name])) for name, layer in held.items()}
+    how = next(iter(settings.values())) if len(alike) == 1 else FqnToConfig(settings)
+    left = [*linears_left(student), *(name for name in student.layers if name not in held)]
+    return dict(TorchAoConfig(how, modules_to_not_convert=left).to_dict())
+
+
+def _settings(layer: Any, scheme: LayerScheme) -> tuple[int, int | None, bool, bool]:
+    spec = layer.weight_fake_quantizer.spec
+    return int(spec.bits), spec.group_size, spec.symmetric, _dynamic_int8(scheme)
+
+
+def _intx_config(bits: int, group_size: int | None, symmetric: bool, dynamic_int8: bool) -> Any:
+    from torchao.quantization import (
+        Int8DynamicActivationIntxWeightConfig,
+        IntxWeightOnlyConfig,
+        MappingType,
+        PerAxis,
+        PerGroup,
+    )
+
+    dtype, groups = getattr(torch, f"int{bits}"), PerGroup(group_size) if group_size else PerAxis(0)
+    mapping = MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
+    if not dynamic_int8:
+        return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=groups, mapping_type=mapping)
+    return Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=dtype, weight_granularity=groups, weight_mapping_type=mapping
     )
 
 

@@ -25,17 +25,19 @@ def format_words() -> dict[str, Callable[[], Exporter]]:
 
 
 def exporter_of(word: str) -> Exporter:
-    """The exporter that `word` stands for.
+    """The exporter that `word` stands for, in capitals or not.
 
     Raises:
-        ValueError: for an unknown word, naming the nearest.
+        ValueError: for an unknown word, naming the nearest, or all of its family ("gguf").
     """
-    words = format_words()
-    if word not in words:
-        close = difflib.get_close_matches(word, words, n=1)
-        remedy = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(words)}"
-        raise ValueError(f"--format {word!r} is unknown; {remedy}")
-    return words[word]()
+    words, asked = format_words(), word.lower()
+    if asked in words:
+        return words[asked]()
+    kinds = [known for known in words if known.startswith(f"{asked}:")]
+    close = difflib.get_close_matches(asked, words, n=1)
+    if close and not kinds:
+        raise ValueError(f"--format {word!r} is unknown; did you mean {close[0]!r}?")
+    raise ValueError(f"--format {word!r} is unknown; use one of {', '.join(kinds or words)}")
 
 
 def words_that_hold(student: Student) -> list[str]:

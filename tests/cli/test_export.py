@@ -66,7 +66,8 @@ def test_a_students_folder_stands_for_its_run(finished: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("options, says", [
     (("--format", "dequantised"), "--format 'dequantised' is unknown; did you mean 'dequantized'"),
-    (("--format", "dequantized", "--format", "dequantized:float16"), "two formats would be written into"),
+    (("--format", "GGUF"), "unknown; use one of gguf:q4_0, gguf:q4_1, gguf:q8_0, gguf:q4_k, gguf:mxfp4, gguf:mixed"),
+    (("--format", "Dequantized", "--format", "dequantized:float16"), "two formats would be written into"),
     (("--format", "dequantized", "--trainer.max_steps", "3"), "a recipe's keys mean nothing here"),
 ])  # fmt: skip
 def test_what_cannot_be_asked_is_one_line(finished: Path, tmp_path: Path, options: Any, says: str) -> None:
@@ -131,3 +132,77 @@ def test_fit_refuses_before_it_trains(tmp_path: Path) -> None:
     done = server().run(tmp_path, "fit", "recipe.yaml", before="tests.cli.test_export:refuse")
     assert done.code == 2 and "export dequantized: model.layers.0.x: too wide" in done.err
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def fail() -> None:
+    """One format finds a number that it cannot hold while it writes, another one a full disk, a third is wrong."""
+    from kdqat.exporters import AWQ, GGUF
+
+    def too_large(self: Any, key: str, module: str, value: Any) -> Any:
+        raise ValueError(f"{key} has numbers that float16 does not hold")
+
+    def full(self: Any, student: Any, out_dir: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    GGUF._plain, AWQ.export = too_large, full  # type: ignore[method-assign]
+    corrupt()
+
+
+def test_formats_that_fail_stop_no_other_and_every_one_is_named_at_the_end(finished: Path, tmp_path: Path) -> None:
+    words = ("dequantized", "gguf:q4_0", "awq", "gptq")
+    options = ("export", "run", "--out", str(tmp_path), *(part for word in words for part in ("--format", word)))
+    done = server().run(finished, *options, before="tests.cli.test_export:fail")
+    last = done.err.strip().splitlines()[-1]
+    assert done.code == 2 and "Traceback" not in done.err
+    assert "export dequantized is not what the student computes: model.layers.1.mlp.down_proj" in last
+    assert "export gguf_q4_0: " in last and "float16 does not hold" in last
+    assert "export awq: [Errno 28] No space left on device" in last and "gptq" not in last
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dequantized.rejected", "gptq"]
+
+
+def hide_packages() -> None:
+    """torchao and onnxscript are not installed."""
+    import importlib.util
+
+    found = importlib.util.find_spec
+
+    def find_spec(name: str, *rest: Any) -> Any:
+        return None if name in ("torchao", "onnxscript") else found(name, *rest)
+
+    importlib.util.find_spec = find_spec
+
+
+def test_fit_asks_for_the_package_that_writes_a_format_before_it_trains(tmp_path: Path) -> None:
+    write(tmp_path, export=[{"class_path": "TorchAO"}, {"class_path": "GPTQ"}])
+    done = server().run(tmp_path, "fit", "recipe.yaml", before="tests.cli.test_export:hide_packages")
+    assert done.code == 2 and 'export torchao writes with torchao; pip install "kdqat[torchao]"' in done.err
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_every_refusal_is_told_at_once(finished: Path, tmp_path: Path) -> None:
+    options = ("--format", "onnx", "--format", "gguf:q8_0", "--format", "gptq", "--out", str(tmp_path / "out"))
+    done = server().run(finished, "export", "run", *options)
+    assert done.code == 2 and "export onnx: " in done.err and "export gguf_q8_0: " in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_good_export_takes_the_rejected_one_away_and_one_that_nobody_proved_does_not(
+    finished: Path, tmp_path: Path
+) -> None:
+    options = ("export", "run", "--format", "dequantized", "--out", str(tmp_path))
+    assert server().run(finished, *options, before="tests.cli.test_export:corrupt").code == 2
+    run(finished, *options, "--no_verify")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dequantized", "dequantized.rejected"]
+    run(finished, *options, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["dequantized"]
+
+
+@pytest.mark.parametrize("file", ["out", "out/gptq", "out/gptq.rejected"])
+def test_a_file_where_a_folder_goes_is_named_and_left_alone(finished: Path, tmp_path: Path, file: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    options = ("--format", "gptq", "--out", str(tmp_path / "out"), "--overwrite")
+    done = server().run(finished, "export", "run", *options)
+    assert done.code == 2 and f"{tmp_path / file} is a file, and a folder goes there" in done.err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / file]
+    assert (tmp_path / file).read_text() == "mine"

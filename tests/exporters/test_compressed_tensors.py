@@ -102,3 +102,24 @@ def test_transformers_loads_the_folder_where_kdqat_cannot_be_imported(scheme, tm
     weight, spread = map(float, done.stdout.split())
     ours = student.layers["model.layers.0.mlp.up_proj"].dequantized_weight().detach().half().float()
     assert weight == pytest.approx(float(ours.sum()), abs=1e-3) and spread > 0
+
+
+@pytest.mark.parametrize("scheme, otherwise", [
+    ("W8A8", True), ("W4A4_G32", True), ("MXFP4", True),
+    ("W8A8_STATIC", False), ("NVFP4", False), ("TORCHAO_8DA4W_G32", False), ("MXFP4_A16", False), ("W4A16_G32", False),
+])  # fmt: skip
+def test_live_ranges_that_the_engine_takes_by_its_own_rule_are_told(scheme, otherwise, tmp_path, caplog):
+    student = small("toy:llama", scheme, moved=False)
+    assert bool(CompressedTensors().leaves(student.plan)) is otherwise
+    CompressedTensors().export(student, tmp_path)
+    assert ("takes live ranges of activations by its own rule" in caplog.text) is otherwise
+    assert "holds weights only" not in caplog.text
+
+
+def test_its_own_rule_is_still_what_the_page_says():
+    utils = pytest.importorskip("compressed_tensors.quantization.utils")
+    arguments = pytest.importorskip("compressed_tensors.quantization").QuantizationArgs(
+        num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True
+    )
+    scale, _ = utils.calculate_qparams(torch.tensor([-1.0]), torch.tensor([2.0]), arguments)
+    torch.testing.assert_close(scale, torch.tensor([2 / 127.5]))  # and training's is 2 / 127

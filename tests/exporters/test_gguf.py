@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kdqat.exporters import GGUF, gguf
@@ -152,6 +152,16 @@ REFUSED = [
 def test_what_it_cannot_hold_is_refused_by_name_with_the_nearest_that_fits(path, scheme, reason):
     student = trained(path, scheme, num_steps=0)
     assert re.search(reason, GGUF().refuses(student))
+
+
+def test_biases_that_llama_cpp_does_not_add_are_refused_before_training():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 260, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    for bias in (False, True):
+        config = AutoConfig.for_model("qwen3", **sizes, **heads, attention_bias=bias)
+        student = trained("toy:llama", "GGUF_Q4_0", model=AutoModelForCausalLM.from_config(config), num_steps=0)
+        reason = GGUF().refuses(student)
+        assert "self_attn.q_proj.bias has no place" in reason if bias else reason is None
 
 
 def test_float32_scales_and_foreign_words_are_refused():

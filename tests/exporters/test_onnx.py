@@ -76,7 +76,9 @@ def damage(model: onnx.ModelProto, path) -> None:
 
 
 def test_decoders_and_grids_without_a_dequantizelinear_are_refused():
-    assert "a decoder in ONNX" in ONNX().refuses(moved("toy:llama", "W4A16_G32", ignore=("lm_head",)))
+    assert "model.layers.0.self_attn.q_proj: a decoder in ONNX" in ONNX().refuses(
+        moved("toy:llama", "W4A16_G32", ignore=("lm_head",))
+    )
     reason = ONNX().refuses(moved("toy:bert_encoder", "NF4"))
     assert "query: DequantizeLinear holds int4 and int8" in reason and "this is nf4" in reason
 

@@ -130,7 +130,14 @@ REFUSED = {
     "GPTQ, MLP of width 172": (GPTQ, "stories", {"scheme": "W4A16"}, "172 of them end within one; use"),
     "AWQ, 172 outputs": (AWQ, "stories", {"scheme": "W4A16"}, "172 outputs are no multiple"),
     "GPTQ version 1, asymmetric": (GPTQ, "toy:llama", {"scheme": "W4A16_ASYM"}, "use format gptq_v2"),
-    "AWQ in 8 bits": (AWQ, "toy:llama", {"scheme": "W8A16"}, "AWQ holds int4, not int8"),
+    "AWQ in 8 bits": (
+        AWQ, "toy:llama", {"scheme": "W8A16"}, "AWQ holds int4, not int8; export with gptq, which holds 8 bits"),
+    "AWQ in 8 bits, asymmetric": (AWQ, "toy:llama", {"scheme": "W8A16_ASYM"}, "export with gptq-v2, which holds 8"),
+    "GPTQ, ternary": (GPTQ, "toy:llama", {"scheme": "TERNARY"}, "not ternary; train under W2A16 (2 bits, another"),
+    "AWQ, ternary": (AWQ, "toy:llama", {"scheme": "TERNARY"}, "not ternary; train under W4A16 (4 bits, another grid)"),
+    "GPTQ with activations": (
+        GPTQ, "toy:llama", {"overrides": {"down": "W4A8"}},
+        "model.layers.0.mlp.down_proj: GPTQ has no place for activations"),
     "AWQ, two group sizes": (AWQ, "toy:llama", {"overrides": {"down": "W4A16_G64"}}, "one group size"),
     "AWQ with activations": (AWQ, "toy:llama", {"scheme": "W4A8"}, "no place for activations"),
     "a minimum": (CompressedTensors, "toy:llama", {"scheme": "GGUF_Q4_1"}, "use W4A16_ASYM_G32"),
