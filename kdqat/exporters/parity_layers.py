@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -73,7 +72,7 @@ def compare_layers(student: Student, answer: Path, compute_dtype: str, *, kv_cac
                 continue  # the other name of what was answered
             if not ({"codes", "scales"} <= kinds or "weights" in kinds):
                 findings.faults.append(f"{name}: the reader answered with neither codes and scales nor weights")
-            expected = expected_of(layer, dtype)
+            expected = expected_of(layer, dtype, of_codes="codes" in kinds)
             for kind in (kind for kind in KINDS if kind in kinds):
                 given = tensors.get_tensor(f"{kind}/{name}")
                 if kind == "weights" and given.shape == layer.weight.shape:
@@ -105,14 +104,19 @@ def _cache_quantizers(student: Student) -> dict[str, FakeQuantizer]:
     return {f"{owner}.{part}": quantizer for owner, cache in caches for part, quantizer in cache.quantizers().items()}
 
 
-def expected_of(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a lossless format holds of `layer`: KIND -> tensor; weights [O, I] as its reader makes them in `dtype`."""
+def expected_of(layer: QuantizedLayer, dtype: torch.dtype, *, of_codes: bool = True) -> dict[str, Tensor]:
+    """What a lossless format holds of `layer`: KIND -> tensor; weights [O, I] as its reader makes them in `dtype`.
+
+    Args:
+        of_codes: the format holds codes, of which a reader makes weights whatever the latent ones' dtype is; else it
+            holds what the student multiplies by, which latent weights of 16 bits round to these.
+    """
     quantizer, matrix = layer.weight_fake_quantizer, layer.latent_matrix()
+    plain = layer.as_matrix(layer.dequantized_weight()).to(dtype)
     if quantizer is None:
-        return {"weights": layer.as_matrix(layer.dequantized_weight()).to(dtype)}
+        return {"weights": plain}
     stored, codes = quantizer.stored_qparams(matrix), quantizer.codes(matrix)
-    expected: dict[str, Any] = {"codes": codes, "scales": stored.scale, "zero_points": stored.zero_point}
-    if layer.weight.dtype == torch.float32 and layer.adapter is None:
-        return {**expected, "weights": quantizer.values(codes, stored).to(dtype)}
-    # latent weights of 16 bits compute with values rounded to these; an adapter outside is added to them
-    return {**expected, "weights": layer.as_matrix(layer.dequantized_weight()).to(dtype)}
+    outside = layer.adapter is not None and layer.adapter.placement == "outside"  # it is added to plain weights
+    exact = (of_codes or layer.weight.dtype == torch.float32) and not outside
+    weights = quantizer.values(codes, stored).to(dtype) if exact else plain
+    return {"codes": codes, "scales": stored.scale, "zero_points": stored.zero_point, "weights": weights}
