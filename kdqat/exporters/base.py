@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from kdqat.spec import LayerScheme, QuantPlan
 from kdqat.student import Student
 
@@ -56,6 +59,11 @@ class Exporter(ABC):
     def plain_dtype(self) -> str:
         """In which the format holds what the plan leaves alone, at the worst; its logits are judged by that, too."""
         return "float32"
+
+    def stored(self, key: str, value: Tensor) -> Tensor:
+        """What a reader of the format finds of the tensor `key` that the plan leaves alone: `value` rounded to
+        `compute_dtype`, if it is no integer. The gate compares it exactly."""
+        return value.to(getattr(torch, self.compute_dtype)) if value.is_floating_point() else value
 
     @abstractmethod
     def refuses(self, student: Student) -> str | None:

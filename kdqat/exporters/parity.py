@@ -1,9 +1,10 @@
 """The parity gate: what an independent reader makes of an export is what the student computed.
 
 The exported folder is read back in a process that has no part of kdqat in it (`parity_reader.py`). Codes, scales and
-zero points must be the student's bit for bit, weights scale * (code - zero point) rounded once to the reader's dtype
-(`parity_layers.py`), logits on real text within the tolerance of that dtype (`parity_logits.py`). The numbers go into
-`parity.json` beside the weights, whatever they are.
+zero points must be the student's bit for bit, weights scale * (code - zero point) rounded once to the reader's dtype,
+every other tensor as the format holds it, none too few and none too many (`parity_layers.py`); logits on real text
+within the tolerance of that dtype (`parity_logits.py`). The numbers go into `parity.json` beside the weights, whatever
+they are.
 """
 
 from __future__ import annotations
@@ -95,7 +96,13 @@ def _compare(parity: Parity, student: Student, exporter: Exporter, folder: Path,
                 exporter.holds_kv_cache and exporter.compute_dtype == "float32" and student.plan.kv_cache is not None
             )
             applied = {"activations": exporter.applies_activations, "kv_cache": cache}
-            layers = compare_layers(student, answer.path, exporter.compute_dtype, kv_cache=exporter.holds_kv_cache)
+            layers = compare_layers(
+                student,
+                answer.path,
+                exporter.compute_dtype,
+                stored=exporter.stored,
+                kv_cache=exporter.holds_kv_cache,
+            )
             kind, ours = answers_of(student, ids, **applied)
             numbers, engine, fault = None, None, None
             if exporter.engine is not None and kind == "logits":

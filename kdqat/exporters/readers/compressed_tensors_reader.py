@@ -4,10 +4,11 @@
 
 REQUEST holds input_ids [B, T] (and attention_mask); ANSWER gets `logits` (`hidden` without a head), and of every
 quantized layer NAME: `codes/NAME` [O, I], `scales/NAME` and `zero_points/NAME` [O, N], `weights/NAME` in the folder's
-dtype, with which the model then computes in fp32. FP4, which compressed-tensors would decompress to bfloat16, goes
-through its `dequantize` in fp32. Inputs of layers stay in full precision: how a live range is taken is the engine's
-affair. A KV cache answers with its scales, `scales/ATTENTION.key` and `.value`; the model quantizes it in a float32
-folder, while in 16 bits keys on the edge of two FP8 codes fall to either side, and logits would say nothing.
+dtype, with which the model then computes in fp32; every other tensor is answered as `weights/NAME`. FP4, which
+compressed-tensors would decompress to bfloat16, goes through its `dequantize` in fp32. Inputs of layers stay in full
+precision: how a live range is taken is the engine's affair. A KV cache answers with its scales, `scales/ATTENTION.key`
+and `.value`; the model quantizes it in a float32 folder, while in 16 bits keys on the edge of two FP8 codes fall to
+either side, and logits would say nothing.
 
 The model is what plain `from_pretrained` gives. transformers 5.23 fails there on asymmetric folders (it expects zero
 points that are not packed); these are loaded as their users load them, with CompressedTensorsConfig(dequantize=True),
@@ -58,7 +59,9 @@ def load(folder: str, kind: Any, layers: dict, cache_scheme: dict | None) -> tup
     """The model of `from_pretrained`, and its dequantized weights by layer."""
     symmetric = all(scheme.weights.symmetric for _, scheme, _ in layers.values())
     how = {} if symmetric else {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
-    model = kind.from_pretrained(folder, dtype=torch.float32, **how).eval()
+    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+    assert not info["missing_keys"] and not info["unexpected_keys"], f"transformers says: {info}"
+    model.eval()
     if symmetric:
         model.hf_quantizer.compressor.decompress_model(model)  # as its first call would
     elif cache_scheme:  # which a dequantized load passes over
@@ -75,6 +78,18 @@ def load(folder: str, kind: Any, layers: dict, cache_scheme: dict | None) -> tup
             in_dtype = weights[name].to(own["weight_scale"].dtype).float()
             assert torch.equal(in_dtype, module.weight), f"{name}: transformers dequantizes it to other weights"
     return model, weights
+
+
+def plain_tensors(model: Any, layers: dict) -> dict:
+    """All tensors but those of quantized weights and of the cache; what is tied once."""
+    found, seen = {}, set()
+    for key, value in model.state_dict().items():
+        module, _, last = key.rpartition(".")
+        of_codes = module in layers and last != "bias"
+        if not of_codes and not hasattr(model.get_submodule(module), "kv_cache") and value.data_ptr() not in seen:
+            found[f"weights/{key.removesuffix('.weight')}"] = value
+            seen.add(value.data_ptr())
+    return found
 
 
 def decompress(own: dict, scheme: Any, form: str) -> torch.Tensor:
@@ -126,6 +141,7 @@ def main(folder: str, request: str, answer: str) -> None:
     assert layers, "no quantized layer was read"
     kind, dtype = getattr(transformers, config.architectures[0]), config.dtype
     model, weights = load(folder, kind, layers, stored["kv_cache_scheme"])
+    found |= plain_tensors(model, layers)
     found |= cache_scales(model, tensors, on=dtype == torch.float32)
     for name, weight in weights.items():
         found[f"weights/{name}"] = weight.to(dtype)

@@ -3,8 +3,8 @@
     python -I gguf_file.py FOLDER REQUEST.safetensors ANSWER.safetensors
 
 Codes and scales are taken off the bytes here, dequantized weights come from `gguf.quants`, logits from transformers,
-which dequantizes into float32. Names are Hugging Face's, and so is the order of rows. Of what `quant_plan.json` leaves
-alone nothing is answered: an embedding in 8 bits has codes that nobody trained.
+which dequantizes into float32. Names are Hugging Face's, and so is the order of rows. What `quant_plan.json` leaves
+alone is answered with weights: an embedding in 8 bits has codes that nobody trained.
 """
 
 import json
@@ -28,6 +28,10 @@ NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
 }
 
 
@@ -76,10 +80,10 @@ def hf_names(name: str, tied: bool) -> list[str]:
     stem = name.removesuffix(".weight")
     if stem == "token_embd":
         return ["model.embed_tokens", "lm_head"] if tied else ["model.embed_tokens"]
-    if stem == "output":
-        return ["lm_head"]
-    _, block, part = stem.split(".")
-    return [f"model.layers.{block}.{NAMES[part]}"]
+    if stem in ("output", "output_norm"):
+        return ["lm_head" if stem == "output" else "model.norm"]
+    _, block, part, *bias = stem.split(".")
+    return [".".join(["model.layers", block, NAMES[part], *bias])]
 
 
 def in_halves(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -99,20 +103,21 @@ def main(folder: str, request: str, answer: str) -> None:
     planned = json.loads((Path(folder) / "quant_plan.json").read_text())["layers"]
     tensors = {}
     for tensor in reader.tensors:
-        if tensor.tensor_type.name not in DECODERS:
+        if tensor.name == "rope_freqs.weight":
             continue
-        num_bytes, decode = DECODERS[tensor.tensor_type.name]
         stored = np.asarray(tensor.data)
-        codes, scales, minimum = decode(stored.reshape(stored.shape[0], -1, num_bytes))
-        found = {"codes": codes.reshape(stored.shape[0], -1), "scales": scales}
-        found["weights"] = dequantize(stored, tensor.tensor_type)
-        if minimum is not None:
-            found["zero_points"] = minimum  # value = scale * code + minimum
+        found = {"weights": dequantize(stored, tensor.tensor_type)}
+        if tensor.tensor_type.name in DECODERS:
+            num_bytes, decode = DECODERS[tensor.tensor_type.name]
+            codes, scales, minimum = decode(stored.reshape(stored.shape[0], -1, num_bytes))
+            found |= {"codes": codes.reshape(stored.shape[0], -1), "scales": scales}
+            if minimum is not None:
+                found["zero_points"] = minimum  # value = scale * code + minimum
         for kind, numbers in found.items():
             for part, count in heads.items() if arch == "llama" else ():
                 if part in tensor.name:
                     numbers = in_halves(numbers, count)
-            for name in (name for name in hf_names(tensor.name, tied) if name in planned):
+            for name in (name for name in hf_names(tensor.name, tied) if name in planned or kind == "weights"):
                 tensors[f"{kind}/{name}"] = torch.from_numpy(np.ascontiguousarray(numbers)).clone()
     inputs = load_file(request)
     config = AutoConfig.from_pretrained(folder, gguf_file=path.name)

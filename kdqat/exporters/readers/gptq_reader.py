@@ -61,6 +61,8 @@ def main(folder: str, request: str, answer: str) -> None:
         found[f"codes/{name}"], found[f"zero_points/{name}"] = codes.T - shift, zeros.T - shift
         found[f"scales/{name}"], found[f"weights/{name}"] = scales.T, tensors[f"{name}.weight"]
     assert found, "no quantized layer was read"
+    plain = {key: value for key, value in tensors.items() if f"codes/{key.removesuffix('.weight')}" not in found}
+    found |= {f"weights/{key.removesuffix('.weight')}": value for key, value in plain.items()}
     found = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in found.items()}
     save_file(found | run(folder, tensors, load_file(request)), answer)
 
