@@ -37,6 +37,8 @@ class Exporter(ABC):
             with those of the student's quantized weights alone.
         holds_kv_cache: whether the format holds scales of a KV cache; the reader then answers with these, and where
             it computes in float32, its model quantizes the cache.
+        holds_inputs: whether the format says how inputs of layers are quantized; the reader then answers with bits and
+            static ranges (`parity_inputs.py`).
         library_name: of the model card, as the Hugging Face hub knows it.
     """
 
@@ -45,6 +47,7 @@ class Exporter(ABC):
     engine: ClassVar[str | None] = None
     applies_activations: ClassVar[bool] = False
     holds_kv_cache: ClassVar[bool] = False
+    holds_inputs: ClassVar[bool] = False
     library_name: ClassVar[str] = "transformers"
 
     @property

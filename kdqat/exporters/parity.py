@@ -23,6 +23,7 @@ from torch import Tensor
 from kdqat.data import windows
 from kdqat.exporters.base import Exporter
 from kdqat.exporters.parity_engine import ask_engine
+from kdqat.exporters.parity_inputs import compare_inputs
 from kdqat.exporters.parity_layers import compare_layers
 from kdqat.exporters.parity_logits import answers_of, compare_answers, fault_of, tolerance_for
 from kdqat.exporters.parity_reader import CannotRead, ReaderFailed, ask_reader
@@ -103,6 +104,8 @@ def _compare(parity: Parity, student: Student, exporter: Exporter, folder: Path,
                 stored=exporter.stored,
                 kv_cache=exporter.holds_kv_cache,
             )
+            if exporter.holds_inputs:
+                compare_inputs(student, answer.path, layers)
             kind, ours = answers_of(student, ids, **applied)
             numbers, engine, fault = None, None, None
             if exporter.engine is not None and kind == "logits":

@@ -40,8 +40,9 @@ class LayerFindings:
         read = read.reshape(ours.shape)
         differs = read.double() != ours.double()  # no number of any format is rounded by it; NaN differs from all
         changed = int(differs.sum())
-        self.counts[kind]["compared"] += ours.numel()
-        self.counts[kind]["changed"] += changed
+        counts = self.counts.setdefault(kind, {"compared": 0, "changed": 0})
+        counts["compared"] += ours.numel()
+        counts["changed"] += changed
         if changed:
             where = tuple(differs.nonzero()[0].tolist())
             self.faults.append(
@@ -58,7 +59,8 @@ def compare_layers(
 
     Args:
         student: on the CPU.
-        answer: safetensors file with KIND/NAME tensors, KIND one of `KINDS`.
+        answer: safetensors file with KIND/NAME tensors, KIND one of `KINDS`. Codes in uint8 count from 0 whatever the
+            grid, as do their zero points.
         compute_dtype: in which the reader holds weights.
         stored: key and tensor -> what the format holds of it where the plan leaves it alone, an exporter's `stored`;
             None: its rounding to `compute_dtype`.
@@ -83,6 +85,8 @@ def compare_layers(
             expected = expected_of(layer, dtype, of_codes="codes" in kinds)
             if layer.weight_fake_quantizer is None:
                 expected = {"weights": layer.as_matrix(stored(f"{name}.weight", layer.dequantized_weight()))}
+            elif "codes" in kinds and tensors.get_tensor(f"codes/{name}").dtype == torch.uint8:
+                expected |= _from_zero(layer, expected)
             for kind in (kind for kind in KINDS if kind in kinds):
                 given = tensors.get_tensor(f"{kind}/{name}")
                 if kind == "weights" and given.shape == layer.weight.shape:
@@ -112,6 +116,15 @@ def compare_layers(
 def _place(value: Tensor) -> tuple[Any, ...]:
     """The same of tensors that are tied."""
     return value.data_ptr(), tuple(value.shape)
+
+
+def _from_zero(layer: QuantizedLayer, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Codes and zero points of a signed grid as formats without signs count them; {} of other grids."""
+    assert layer.weight_fake_quantizer is not None
+    spec = layer.weight_fake_quantizer.spec
+    if not spec.symmetric or spec.number.kind != "integer":
+        return {}
+    return {kind: expected[kind] + 2 ** (int(spec.bits) - 1) for kind in ("codes", "zero_points")}
 
 
 def _cache_quantizers(student: Student) -> dict[str, FakeQuantizer]:

@@ -6,9 +6,10 @@ REQUEST holds input_ids [B, T] (and attention_mask); ANSWER gets `logits` (`hidd
 quantized layer NAME: `codes/NAME` [O, I], `scales/NAME` and `zero_points/NAME` [O, N], `weights/NAME` in the folder's
 dtype, with which the model then computes in fp32; every other tensor is answered as `weights/NAME`. FP4, which
 compressed-tensors would decompress to bfloat16, goes through its `dequantize` in fp32. Inputs of layers stay in full
-precision: how a live range is taken is the engine's affair. A KV cache answers with its scales, `scales/ATTENTION.key`
-and `.value`; the model quantizes it in a float32 folder, while in 16 bits keys on the edge of two FP8 codes fall to
-either side, and logits would say nothing.
+precision: how a live range is taken is the engine's affair; `input_bits/NAME`, and static `input_scales/NAME`,
+`input_zero_points/NAME` or NVFP4's `input_global_scales/NAME` are answered as they lie in the folder. A KV cache
+answers with its scales, `scales/ATTENTION.key` and `.value`; the model quantizes it in a float32 folder, while in 16
+bits keys on the edge of two FP8 codes fall to either side, and logits would say nothing.
 
 The model is what plain `from_pretrained` gives. transformers 5.23 fails there on asymmetric folders (it expects zero
 points that are not packed); these are loaded as their users load them, with CompressedTensorsConfig(dequantize=True),
@@ -53,6 +54,20 @@ def read_codes(own: dict, args: Any) -> tuple:
     shape = torch.Size((len(codes), scale.shape[1]))
     zero_point = unpack_from_int32(own["weight_zero_point"], args.num_bits, shape, packed_dim=0)
     return codes.int() + shift, scale, zero_point.int() + shift
+
+
+def read_inputs(name: str, tensors: dict, args: Any) -> dict:
+    """What the config says of the layer's inputs, and the ranges that engines take by it, asymmetric ones from 0."""
+    if args is None:
+        return {}
+    found = {f"input_bits/{name}": torch.tensor([args.num_bits])}
+    if args.strategy == "tensor_group":
+        found[f"input_global_scales/{name}"] = tensors[f"{name}.input_global_scale"]
+    elif args.dynamic is False:
+        found[f"input_scales/{name}"] = tensors[f"{name}.input_scale"]
+        if not args.symmetric:
+            found[f"input_zero_points/{name}"] = tensors[f"{name}.input_zero_point"].int() + 2 ** (args.num_bits - 1)
+    return found
 
 
 def load(folder: str, kind: Any, layers: dict, cache_scheme: dict | None) -> tuple:
@@ -139,7 +154,9 @@ def main(folder: str, request: str, answer: str) -> None:
         found[f"codes/{name}"], found[f"scales/{name}"] = codes.int(), scale.float()
         if zero_point is not None:
             found[f"zero_points/{name}"] = zero_point
+        found |= read_inputs(name, tensors, scheme.input_activations)
     assert layers, "no quantized layer was read"
+    transformers.AutoTokenizer.from_pretrained(folder)  # whoever serves the folder needs it as well
     kind, dtype = getattr(transformers, config.architectures[0]), config.dtype
     model, weights = load(folder, kind, layers, stored["kv_cache_scheme"])
     found |= plain_tensors(model, layers)
