@@ -103,3 +103,20 @@ def test_gguf_files_with_embeddings_of_any_type_are_verified(student, reader_her
     exporter.export(student, tmp_path)
     parity = verify_export(student, exporter, tmp_path)
     assert parity.verified, parity.why
+
+
+@pytest.mark.parametrize("key, value", [
+    ("llama.rope.freq_base", 11000.0), ("llama.rope.dimension_count", 8), ("llama.context_length", 64),
+    ("llama.attention.layer_norm_rms_epsilon", 1e-4), ("llama.attention.head_count_kv", 4),
+    ("tokenizer.ggml.eos_token_id", 77), ("tokenizer.ggml.bos_token_id", 77),
+])  # fmt: skip
+def test_a_gguf_file_whose_metadata_are_not_those_of_the_config_is_rejected(student, reader_here, tmp_path, key, value):
+    def changed(folder: Path) -> None:
+        from gguf import GGUFReader
+
+        (path,) = folder.glob("*.gguf")
+        field = GGUFReader(path, "r+").fields[key]
+        field.parts[field.data[0]][0] = value
+
+    parity = judged(student, "gguf:q4_0", tmp_path, changed)
+    assert parity.rejected and f"{key.removeprefix('tokenizer.ggml.')} is {value:g}"[:20] in parity.why

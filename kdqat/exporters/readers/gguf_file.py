@@ -4,7 +4,8 @@
 
 Codes and scales are taken off the bytes here, dequantized weights come from `gguf.quants`, logits from transformers,
 which dequantizes into float32. Names are Hugging Face's, and so is the order of rows. What `quant_plan.json` leaves
-alone is answered with weights: an embedding in 8 bits has codes that nobody trained.
+alone is answered with weights: an embedding in 8 bits has codes that nobody trained. Sizes, rope, eps and ids of tokens
+in the metadata must be those of the folder's config.json and tokenizer.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes, scales, minima
 
@@ -91,10 +92,43 @@ def in_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
+def check_metadata(folder: str, reader: GGUFReader, arch: str) -> None:
+    """Raise naming the first key that says otherwise than config.json, or the tokenizer beside it."""
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    expected = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": np.float32(config.rope_parameters["rope_theta"]),
+        "attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
+        "vocab_size": config.vocab_size,
+    }
+    for key, value in expected.items():
+        field = reader.fields.get(f"{arch}.{key}")
+        found = None if field is None else field.contents()
+        assert found is not None and type(value)(found) == value, f"{arch}.{key} is {found}, config.json says {value}"
+    for kind in ("bos", "eos"):
+        field, value = reader.fields.get(f"tokenizer.ggml.{kind}_token_id"), getattr(tokenizer, f"{kind}_token_id")
+        found = None if field is None else field.contents()
+        assert found is None or value is None or found == value, (
+            f"{kind}_token_id is {found}, the tokenizer has {value}"
+        )
+    tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
+    assert tokens == config.vocab_size, f"tokenizer.ggml.tokens has {tokens}, config.json says {config.vocab_size}"
+
+
 def main(folder: str, request: str, answer: str) -> None:
     (path,) = Path(folder).glob("*.gguf")
     reader = GGUFReader(path)
     arch = reader.fields["general.architecture"].contents()
+    check_metadata(folder, reader, arch)
     heads = {
         ".attn_q.": reader.fields[f"{arch}.attention.head_count"].contents(),
         ".attn_k.": reader.fields[f"{arch}.attention.head_count_kv"].contents(),
