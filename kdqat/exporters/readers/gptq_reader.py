@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def main(folder: str, request: str, answer: str) -> None:
     save_file(found | run(folder, tensors, load_file(request)), answer)
 
 
-def plain_model(folder: str) -> torch.nn.Module:
+def plain_model(folder: str) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
     return getattr(transformers, config.architectures[0])(config).float().eval()
