@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from kdqat.allocate import Uniform
 from kdqat.exporters import GGUF
 from kdqat.exporters.parity import Parity, verify_export
+from kdqat.exporters.parity_layers import compare_layers
 from kdqat.exporters.words import exporter_of
 from kdqat.initializers import RTN
 from kdqat.models import ModelSource
 from kdqat.quant import LSQ
-from kdqat.student import prepare_student
+from kdqat.student import plain_state, prepare_student
 from tests.contracts.test_exporters import trained
 
 NORM = "model.norm.weight"
@@ -120,3 +121,16 @@ def test_a_gguf_file_whose_metadata_are_not_those_of_the_config_is_rejected(stud
 
     parity = judged(student, "gguf:q4_0", tmp_path, changed)
     assert parity.rejected and f"{key.removeprefix('tokenizer.ggml.')} is {value:g}"[:20] in parity.why
+
+
+def test_what_no_reader_answered_and_what_the_student_has_not_are_faults(student, tmp_path):
+    answer = {key: value.detach().clone() for key, value in plain_state(student).items() if key != "lm_head.weight"}
+    answer |= {f"{name}.weight": layer.dequantized_weight().detach() for name, layer in student.layers.items()}
+
+    def faults() -> list[str]:
+        save_file({f"weights/{key.removesuffix('.weight')}": t for key, t in answer.items()}, tmp_path / "answer")
+        return compare_layers(student, tmp_path / "answer", "float32").faults
+
+    assert faults() == []  # lm_head is tied
+    answer["bogus"] = answer.pop(NORM)
+    assert faults() == ["model.norm: the reader answered without this tensor", "bogus: the student has no such tensor"]
