@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from kdqat.spec import LayerScheme, QuantPlan
 from kdqat.student import Student
 
@@ -34,6 +37,8 @@ class Exporter(ABC):
             with those of the student's quantized weights alone.
         holds_kv_cache: whether the format holds scales of a KV cache; the reader then answers with these, and where
             it computes in float32, its model quantizes the cache.
+        holds_inputs: whether the format says how inputs of layers are quantized; the reader then answers with bits and
+            static ranges (`parity_inputs.py`).
         library_name: of the model card, as the Hugging Face hub knows it.
     """
 
@@ -42,6 +47,7 @@ class Exporter(ABC):
     engine: ClassVar[str | None] = None
     applies_activations: ClassVar[bool] = False
     holds_kv_cache: ClassVar[bool] = False
+    holds_inputs: ClassVar[bool] = False
     library_name: ClassVar[str] = "transformers"
 
     @property
@@ -56,6 +62,11 @@ class Exporter(ABC):
     def plain_dtype(self) -> str:
         """In which the format holds what the plan leaves alone, at the worst; its logits are judged by that, too."""
         return "float32"
+
+    def stored(self, key: str, value: Tensor) -> Tensor:
+        """What a reader of the format finds of the tensor `key` that the plan leaves alone: `value` rounded to
+        `compute_dtype`, if it is no integer. The gate compares it exactly."""
+        return value.to(getattr(torch, self.compute_dtype)) if value.is_floating_point() else value
 
     @abstractmethod
     def refuses(self, student: Student) -> str | None:

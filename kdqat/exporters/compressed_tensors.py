@@ -48,6 +48,7 @@ class CompressedTensors(Exporter):
     }
     reader: ClassVar[str] = "compressed_tensors_reader.py"
     holds_kv_cache: ClassVar[bool] = True
+    holds_inputs: ClassVar[bool] = True
 
     def __init__(self, *, dtype: Dtype = "float16") -> None:
         if dtype not in get_args(Dtype):

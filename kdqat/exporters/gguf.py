@@ -138,6 +138,13 @@ class GGUF(Exporter):
         writer.close()
         save_hf_files(student, out_dir)
 
+    def stored(self, key: str, value: Tensor) -> Tensor:
+        kind, rows = self._plain(key, key.rpartition(".")[0], value)
+        if kind != "q8_0":
+            return rows
+        quantizer = _eight_bits(value)
+        return quantizer.values(quantizer.codes(value), quantizer.stored_qparams(value)).reshape(value.shape)
+
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
         path = f"{folder}/{self.file_name}"
         return {
@@ -173,12 +180,17 @@ class GGUF(Exporter):
         if value.dim() == 1 or kind == "f32":
             return "f32", value.float()
         if kind == "q8_0":
-            spec = preset(LAYOUTS["q8_0"].preset).weight
-            assert spec is not None
-            return packed(MinMax(spec, value.shape).to(value.device), value)
+            return packed(_eight_bits(value), value)
         if value.abs().max() > torch.finfo(torch.float16).max:
             raise ValueError(f"{key} has numbers that float16 does not hold: export with embeddings and ignored f32")
         return "f16", value.half()
+
+
+def _eight_bits(value: Tensor) -> FakeQuantizer:
+    """What rounds an embedding to Q8_0."""
+    spec = preset(LAYOUTS["q8_0"].preset).weight
+    assert spec is not None
+    return MinMax(spec, value.shape).to(value.device)
 
 
 def block_type(spec: QuantSpec | None) -> str | None:

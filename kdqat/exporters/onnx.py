@@ -146,7 +146,9 @@ def put_codes(graph: Any, name: str, layer: Any) -> None:
     weight = f"{_PREFIX}{name}.weight"
     found = [tensor for tensor in graph.initializer if tensor.name == weight]
     matrix, quantizer = layer.latent_matrix(), layer.weight_fake_quantizer
-    if not found or not np.array_equal(numpy_helper.to_array(found[0]), layer.fake_quantized_weight().cpu().numpy()):
+    if not found or not np.array_equal(
+        numpy_helper.to_array(found[0]), layer.fake_quantized_weight().float().cpu().numpy()
+    ):
         raise ValueError(f"{name}: torch's ONNX export has no weight of this name: leave the layer out of the plan")
     graph.initializer.remove(found[0])
     stored, spec = quantizer.stored_qparams(matrix), quantizer.spec

@@ -1,9 +1,10 @@
 """The parity gate: what an independent reader makes of an export is what the student computed.
 
 The exported folder is read back in a process that has no part of kdqat in it (`parity_reader.py`). Codes, scales and
-zero points must be the student's bit for bit, weights scale * (code - zero point) rounded once to the reader's dtype
-(`parity_layers.py`), logits on real text within the tolerance of that dtype (`parity_logits.py`). The numbers go into
-`parity.json` beside the weights, whatever they are.
+zero points must be the student's bit for bit, weights scale * (code - zero point) rounded once to the reader's dtype,
+every other tensor as the format holds it, none too few and none too many (`parity_layers.py`); logits on real text
+within the tolerance of that dtype (`parity_logits.py`). The numbers go into `parity.json` beside the weights, whatever
+they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from kdqat.data import windows
 from kdqat.exporters.base import Exporter
 from kdqat.exporters.parity_engine import ask_engine
+from kdqat.exporters.parity_inputs import compare_inputs
 from kdqat.exporters.parity_layers import compare_layers
 from kdqat.exporters.parity_logits import answers_of, compare_answers, fault_of, tolerance_for
 from kdqat.exporters.parity_reader import CannotRead, ReaderFailed, ask_reader
@@ -95,7 +97,15 @@ def _compare(parity: Parity, student: Student, exporter: Exporter, folder: Path,
                 exporter.holds_kv_cache and exporter.compute_dtype == "float32" and student.plan.kv_cache is not None
             )
             applied = {"activations": exporter.applies_activations, "kv_cache": cache}
-            layers = compare_layers(student, answer.path, exporter.compute_dtype, kv_cache=exporter.holds_kv_cache)
+            layers = compare_layers(
+                student,
+                answer.path,
+                exporter.compute_dtype,
+                stored=exporter.stored,
+                kv_cache=exporter.holds_kv_cache,
+            )
+            if exporter.holds_inputs:
+                compare_inputs(student, answer.path, layers)
             kind, ours = answers_of(student, ids, **applied)
             numbers, engine, fault = None, None, None
             if exporter.engine is not None and kind == "logits":

@@ -84,6 +84,7 @@ class TorchAO(Exporter):
             if layer is not None and layer.weight_fake_quantizer is not None:
                 state[key] = intx_tensor(layer, _dynamic_int8(student.plan[key.removesuffix(".weight")]))
             else:
+                value = value.float() if value.is_floating_point() else value  # one dtype for all products
                 state[key] = value.detach().cpu().clone()
         tensors, metadata = flatten_tensor_state_dict(state)
         save_file({key: value.contiguous() for key, value in tensors.items()}, out_dir / "model.safetensors", metadata)

@@ -170,7 +170,7 @@ def test_what_an_independent_reader_reads_is_what_the_student_holds_and_computes
     exporter, (student, _, answer) = exporter_of(word), exports(word, name)
     if exporter.reader is None:
         pytest.skip("nothing independent reads this format")
-    findings = compare_layers(student, answer, exporter.compute_dtype)
+    findings = compare_layers(student, answer, exporter.compute_dtype, stored=exporter.stored)
     assert not findings.faults
     total = sum(layer.weight.numel() for layer in student.layers.values())
     assert max(findings.counts["codes"]["compared"], findings.counts["weights"]["compared"]) >= total

@@ -4,10 +4,12 @@
 
 REQUEST holds input_ids [B, T] (and attention_mask); ANSWER gets `logits` (`hidden` without a head), and of every
 quantized layer NAME: `codes/NAME` [O, I], `scales/NAME` and `zero_points/NAME` [O, N], `weights/NAME` in the folder's
-dtype, with which the model then computes in fp32. FP4, which compressed-tensors would decompress to bfloat16, goes
-through its `dequantize` in fp32. Inputs of layers stay in full precision: how a live range is taken is the engine's
-affair. A KV cache answers with its scales, `scales/ATTENTION.key` and `.value`; the model quantizes it in a float32
-folder, while in 16 bits keys on the edge of two FP8 codes fall to either side, and logits would say nothing.
+dtype, with which the model then computes in fp32; every other tensor is answered as `weights/NAME`. FP4, which
+compressed-tensors would decompress to bfloat16, goes through its `dequantize` in fp32. Inputs of layers stay in full
+precision: how a live range is taken is the engine's affair; `input_bits/NAME`, and static `input_scales/NAME`,
+`input_zero_points/NAME` or NVFP4's `input_global_scales/NAME` are answered as they lie in the folder. A KV cache
+answers with its scales, `scales/ATTENTION.key` and `.value`; the model quantizes it in a float32 folder, while in 16
+bits keys on the edge of two FP8 codes fall to either side, and logits would say nothing.
 
 The model is what plain `from_pretrained` gives. transformers 5.23 fails there on asymmetric folders (it expects zero
 points that are not packed); these are loaded as their users load them, with CompressedTensorsConfig(dequantize=True),
@@ -54,11 +56,28 @@ def read_codes(own: dict, args: Any) -> tuple:
     return codes.int() + shift, scale, zero_point.int() + shift
 
 
+def read_inputs(name: str, tensors: dict, args: Any) -> dict:
+    """What the config says of the layer's inputs, and the ranges that engines take by it, asymmetric ones from 0."""
+    if args is None:
+        return {}
+    found = {f"input_bits/{name}": torch.tensor([args.num_bits])}
+    if args.strategy == "tensor_group":
+        found[f"input_global_scales/{name}"] = tensors[f"{name}.input_global_scale"]
+    elif args.dynamic is False:
+        found[f"input_scales/{name}"] = tensors[f"{name}.input_scale"]
+        if not args.symmetric:
+            found[f"input_zero_points/{name}"] = tensors[f"{name}.input_zero_point"].int() + 2 ** (args.num_bits - 1)
+    return found
+
+
 def load(folder: str, kind: Any, layers: dict, cache_scheme: dict | None) -> tuple:
     """The model of `from_pretrained`, and its dequantized weights by layer."""
     symmetric = all(scheme.weights.symmetric for _, scheme, _ in layers.values())
     how = {} if symmetric else {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
-    model = kind.from_pretrained(folder, dtype=torch.float32, **how).eval()
+    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+    cache = () if symmetric else tuple(key for key in info["unexpected_keys"] if key.endswith((".k_scale", ".v_scale")))
+    assert not info["missing_keys"] and info["unexpected_keys"] <= set(cache), f"transformers says: {info}"
+    model.eval()
     if symmetric:
         model.hf_quantizer.compressor.decompress_model(model)  # as its first call would
     elif cache_scheme:  # which a dequantized load passes over
@@ -75,6 +94,18 @@ def load(folder: str, kind: Any, layers: dict, cache_scheme: dict | None) -> tup
             in_dtype = weights[name].to(own["weight_scale"].dtype).float()
             assert torch.equal(in_dtype, module.weight), f"{name}: transformers dequantizes it to other weights"
     return model, weights
+
+
+def plain_tensors(model: Any, layers: dict) -> dict:
+    """All tensors but those of quantized weights and of the cache; what is tied once."""
+    found, seen = {}, set()
+    for key, value in model.state_dict().items():
+        module, _, last = key.rpartition(".")
+        of_codes = module in layers and last != "bias"
+        if not of_codes and not hasattr(model.get_submodule(module), "kv_cache") and value.data_ptr() not in seen:
+            found[f"weights/{key.removesuffix('.weight')}"] = value
+            seen.add(value.data_ptr())
+    return found
 
 
 def decompress(own: dict, scheme: Any, form: str) -> torch.Tensor:
@@ -123,9 +154,12 @@ def main(folder: str, request: str, answer: str) -> None:
         found[f"codes/{name}"], found[f"scales/{name}"] = codes.int(), scale.float()
         if zero_point is not None:
             found[f"zero_points/{name}"] = zero_point
+        found |= read_inputs(name, tensors, scheme.input_activations)
     assert layers, "no quantized layer was read"
+    transformers.AutoTokenizer.from_pretrained(folder)  # whoever serves the folder needs it as well
     kind, dtype = getattr(transformers, config.architectures[0]), config.dtype
     model, weights = load(folder, kind, layers, stored["kv_cache_scheme"])
+    found |= plain_tensors(model, layers)
     found |= cache_scales(model, tensors, on=dtype == torch.float32)
     for name, weight in weights.items():
         found[f"weights/{name}"] = weight.to(dtype)

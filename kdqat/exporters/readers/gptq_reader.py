@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,15 +31,17 @@ def bits_of(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
     return np.moveaxis((single << np.arange(bits)).sum(-1), -1, axis)
 
 
-def settings_of(name: str, config: dict) -> dict:
-    """bits and sym of a layer: GPTQModel's `dynamic` rules override the folder's own."""
-    own = {"bits": config["bits"], "sym": config["sym"]}
-    for rule, override in (config.get("dynamic") or {}).items():
-        sign, _, pattern = rule.partition(":")
-        if re.match(pattern, name):
-            assert sign != "-", f"{name} is quantized but `dynamic` says that it is not"
-            own |= {key: override[key] for key in ("bits", "sym") if key in override}
-    return own
+def settings_of(name: str, config: dict) -> dict | None:
+    """bits, group_size and sym of a layer: the first of GPTQModel's `dynamic` rules that matches overrides the folder's
+    own; None: it is not quantized."""
+    override: dict = {}
+    for rule, its_own in (config.get("dynamic") or {}).items():
+        if re.match(rule.removeprefix("+:").removeprefix("-:"), name):
+            if rule.startswith("-:"):
+                return None
+            override = its_own
+            break
+    return {key: override.get(key, config[key]) for key in ("bits", "group_size", "sym")}
 
 
 def main(folder: str, request: str, answer: str) -> None:
@@ -52,7 +55,11 @@ def main(folder: str, request: str, answer: str) -> None:
     for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
         qweight, qzeros, scales, g_idx = (tensors.pop(f"{name}.{k}") for k in ("qweight", "qzeros", "scales", "g_idx"))
         own = settings_of(name, config)
+        assert own is not None, f"{name} is quantized but `dynamic` says that it is not"
         codes = bits_of(qweight, own["bits"], 0).astype(np.int32)  # [I, O]
+        size = own["group_size"] if own["group_size"] != -1 else len(codes)
+        assert np.array_equal(g_idx, np.arange(len(codes)) // size), f"{name}: g_idx is not that of groups of {size}"
+        assert len(scales) * size == len(codes), f"{name}: {len(scales)} groups of {size} for {len(codes)} inputs"
         zeros = bits_of(qzeros, own["bits"], 1).astype(np.int32) + (config["checkpoint_format"] == "gptq")  # [N, O]
         scales = scales.astype(np.float32)
         weight = (scales[g_idx] * (codes - zeros[g_idx]).astype(np.float32)).astype(np.float16)
@@ -61,16 +68,33 @@ def main(folder: str, request: str, answer: str) -> None:
         found[f"codes/{name}"], found[f"zero_points/{name}"] = codes.T - shift, zeros.T - shift
         found[f"scales/{name}"], found[f"weights/{name}"] = scales.T, tensors[f"{name}.weight"]
     assert found, "no quantized layer was read"
+    plain = {key: value for key, value in tensors.items() if f"codes/{key.removesuffix('.weight')}" not in found}
+    found |= {f"weights/{key.removesuffix('.weight')}": value for key, value in plain.items()}
     found = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in found.items()}
+    left = [name for name in linears(folder) if f"codes/{name}" not in found and name != "lm_head"]
+    for name in left:
+        assert settings_of(name, config) is None, f"{name} is in floats, which `dynamic` does not say"
+    assert config["lm_head"] == ("codes/lm_head" in found), "`lm_head` of the config is wrong"
+    transformers.AutoTokenizer.from_pretrained(folder)  # whoever serves the folder needs it as well
     save_file(found | run(folder, tensors, load_file(request)), answer)
+
+
+def plain_model(folder: str) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    return getattr(transformers, config.architectures[0])(config).float().eval()
+
+
+def linears(folder: str) -> list:
+    with torch.device("meta"):
+        model = plain_model(folder)
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 @torch.no_grad()
 def run(folder: str, tensors: dict, request: dict) -> dict:
     """What the plain model computes with these weights, in fp32."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    model = getattr(transformers, config.architectures[0])(config).float().eval()
+    model = plain_model(folder)
     state = {key: torch.from_numpy(value.astype(np.float32)) for key, value in tensors.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()

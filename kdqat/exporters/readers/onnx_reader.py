@@ -2,7 +2,7 @@
 
 REQUEST holds `input_ids` [B, T] and may hold `attention_mask`. ANSWER gets the model's output, `hidden` [B, T, H] or
 `logits` [B, T, V], and of every DequantizeLinear node `codes/NAME`, `scales/NAME`, `zero_points/NAME` as they lie in
-the file and `weights/NAME` as onnxruntime computes them.
+the file and `weights/NAME` as onnxruntime computes them; every other parameter as `weights/NAME`.
 """
 
 import sys
@@ -19,7 +19,7 @@ def main(folder: str, request: str, answer: str) -> None:
     model = onnx.load(Path(folder) / "model.onnx")
     (output,) = {value.name for value in model.graph.output} & {"hidden", "logits"}
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    tensors, weights = {}, []
+    tensors, weights, of_codes = {}, [], set()
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear":
             continue
@@ -28,6 +28,7 @@ def main(folder: str, request: str, answer: str) -> None:
         for (kind, dtype), part in zip(kinds.items(), node.input, strict=False):
             tensors[f"{kind}/{name}"] = stored[part].astype(dtype)
         weights.append((f"weights/{name}", node.output[0]))
+        of_codes |= set(node.input)
     for _, value in weights:
         model.graph.output.append(onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -35,6 +36,9 @@ def main(folder: str, request: str, answer: str) -> None:
     inputs.setdefault("attention_mask", np.ones_like(inputs["input_ids"]))
     first, *others = session.run([output, *(value for _, value in weights)], inputs)
     tensors[output] = first
+    for name, value in stored.items():  # integers are positions, which torch puts in
+        if name.startswith("plain.") and name not in of_codes and value.dtype.kind == "f":
+            tensors[f"weights/{name.removeprefix('plain.').removesuffix('.weight')}"] = value
     tensors |= {key: value for (key, _), value in zip(weights, others, strict=True)}
     save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, answer)
 

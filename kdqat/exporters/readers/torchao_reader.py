@@ -2,7 +2,7 @@
 
 REQUEST holds `input_ids` [B, T]. ANSWER gets `logits` [B, T, V] float32 (without a head `hidden`, the last hidden
 states), and of every quantized layer `codes/NAME` (asymmetric ones from 0), `scales/NAME`, `zero_points/NAME` and
-`weights/NAME` as torchao dequantizes them.
+`weights/NAME` as torchao dequantizes them; every other tensor as `weights/NAME`, what is tied once.
 """
 
 import json
@@ -28,7 +28,10 @@ def load(folder: str) -> Any:
         raise SystemExit(f"torchao does not know what {sorted(left)[:3]} belong to")
     config = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, config.architectures[0])(config)
-    model.load_state_dict(state, strict=False, assign=True)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if unexpected or not set(missing) <= set(model.all_tied_weights_keys):
+        raise SystemExit(f"the model misses {missing} and has no {unexpected}")
+    transformers.AutoTokenizer.from_pretrained(folder)  # whoever serves the folder needs it as well
     model.tie_weights()
     return model.eval()
 
@@ -37,6 +40,11 @@ def main(folder: str, request: str, answer: str) -> None:
     model = load(folder)
     plan = json.loads((Path(folder) / "quant_plan.json").read_text())
     tensors = {}
+    seen = set()
+    for key, value in model.state_dict().items():
+        if not isinstance(value, IntxUnpackedToInt8Tensor) and value.data_ptr() not in seen:
+            tensors[f"weights/{key.removesuffix('.weight')}"] = value
+            seen.add(value.data_ptr())
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, IntxUnpackedToInt8Tensor):

@@ -19,7 +19,9 @@ def main(folder: str, request: str, answer: str) -> None:
         print(f"transformers {transformers.__version__} has no {name}", file=sys.stderr)
         sys.exit(3)
     transformers.AutoTokenizer.from_pretrained(folder)  # whoever serves the folder needs it as well
-    model = getattr(transformers, name).from_pretrained(folder, dtype="auto").eval()
+    model, info = getattr(transformers, name).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], f"transformers says: {info}"
+    model.eval()
     with torch.no_grad():
         output = model(**load_file(request), output_hidden_states=True)
     has_logits = "logits" in output
