@@ -2,8 +2,8 @@
 
     python tests/benchmarks/export_table.py
 
-A star says that the plan's activations are left to the engine, or that it takes their ranges by its own rule. The model is a Llama of width 256, which every preset's
-groups divide; widths that do not fit are refused case by case.
+A star says that the plan's activations are left to the engine, or that it takes their ranges by its own rule. The
+model is a Llama of width 256, which every preset's groups divide; widths that do not fit are refused case by case.
 """
 
 from __future__ import annotations
