@@ -7,13 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdqat.student import Student
 
 
-def save_hf_files(student: Student, out_dir: Path, *, quantization_config: Mapping[str, Any] | None = None) -> None:
+def save_hf_files(
+    student: Student,
+    out_dir: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantization_config: Mapping[str, Any] | None = None,
+) -> None:
     """Write config.json (naming the model's class), tokenizer and quant_plan.json into `out_dir`, and
-    generation_config.json of a model that generates."""
+    generation_config.json of a model that generates.
+
+    Args:
+        dtype: of the tensors beside it, in which transformers loads; None: the student's own.
+        quantization_config: for config.json.
+    """
     config = copy.deepcopy(student.model.config)
+    if dtype is not None:
+        config.dtype = dtype
     config.architectures = [type(student.model).__name__]
     if quantization_config is not None:
         config.quantization_config = dict(quantization_config)

@@ -88,7 +88,7 @@ class TorchAO(Exporter):
                 state[key] = value.detach().cpu().clone()
         tensors, metadata = flatten_tensor_state_dict(state)
         save_file({key: value.contiguous() for key, value in tensors.items()}, out_dir / "model.safetensors", metadata)
-        save_hf_files(student, out_dir, quantization_config=_config(student))
+        save_hf_files(student, out_dir, dtype=torch.float32, quantization_config=_config(student))
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
         return loaded(student, folder, package="torchao")
