@@ -82,7 +82,10 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        mode = part.stat().st_mode & 0o666  # as the umask has it: safetensors leaves files to their owner alone
         for file in sorted(part.rglob("*")):
+            if file.is_file():
+                file.chmod(mode)
             _sync(file)
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kdqat import files
 from kdqat.files import whole_file, whole_folder, write_text
@@ -145,3 +148,18 @@ def test_what_a_killed_run_left_behind_is_cleared_away(tmp_path):
         (part / "a").write_text("a")
     write_text(tmp_path / "f", "f")
     assert everything(tmp_path) == {"out/a": b"a", "f": b"f"}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_of_a_folder_may_be_read_by_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "out") as part:
+            save_file({"x": torch.ones(1)}, part / "model.safetensors")  # for the owner alone
+            (part / "sub").mkdir()
+            (part / "sub" / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [mode] * 2
+    assert os.access(tmp_path / "out" / "sub", os.X_OK)
