@@ -19,6 +19,8 @@ from tests.distributed.runs import (
     weight_difference,
 )
 
+pytestmark = pytest.mark.slow  # `pytest -m slow tests/distributed`
+
 NVFP4 = {"format": "e2m1", "granularity": "group", "group_size": 16, "scale_dtype": "e4m3_global"}
 STATIC = {"format": "int8", "granularity": "tensor", "symmetric": False, "zero_point": "integer"}  # LSQPlus learns it
 RECIPES: dict[str, dict[str, Any]] = {

@@ -10,6 +10,8 @@ import yaml
 
 from tests.distributed.runs import DDP, SHARDED, Jobs, checkpoint, fsdp2, require_same_end
 
+pytestmark = pytest.mark.slow  # `pytest -m slow tests/distributed`
+
 ROUNDED = {"class_path": "AdamWSR", "init_args": {"lr": 1.0e-3}}
 FUSED = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3}}
 RUNS = {  # optimizer, dtype of the student, what else

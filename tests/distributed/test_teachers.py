@@ -11,6 +11,8 @@ import yaml
 from tests.cli.fork_server import server
 from tests.distributed.runs import DDP, SHARDED, SINGLE, Jobs, curve, curve_difference, fsdp2
 
+pytestmark = pytest.mark.slow  # `pytest -m slow tests/distributed`
+
 CACHED = {
     "class_path": "CachedTeacher",
     "init_args": {"kind": "hidden", "teacher": {"class_path": "FrozenTeacher", "init_args": {"dtype": "float32"}}},
