@@ -13,13 +13,12 @@ in symmetric layers, too.
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-import transformers
-from safetensors.numpy import load_file as load_numpy
-from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
+
+from packed_folder import answer_with, linears_in_floats, packed_layers, put_weight, tensors_of
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -39,55 +38,18 @@ def main(folder: str, request: str, answer: str) -> None:
     config = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["version"], config["bits"]) == ("awq", "gemm", 4)
     assert config["zero_point"] is True, "`zero_point` must be true where there are zero points"
-    tensors: dict = {}
-    found: dict = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        tensors |= load_numpy(file)
-    for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
+    tensors, found = tensors_of(folder), {}
+    for name in packed_layers(tensors):
         assert not left_alone(name, config), f"{name} is quantized but `modules_to_not_convert` says that it is not"
         codes, zeros = (unpack(tensors.pop(f"{name}.{key}")) for key in ("qweight", "qzeros"))
         scales = tensors.pop(f"{name}.scales").astype(np.float32)
         size = config["group_size"] if config["group_size"] != -1 else len(codes)
         assert len(scales) * size == len(codes), f"{name}: {len(scales)} groups of {size} for {len(codes)} inputs"
-        group = np.arange(len(codes)) // size
-        weight = (scales[group] * (codes - zeros[group]).astype(np.float32)).astype(np.float16)
-        tensors[f"{name}.weight"] = np.ascontiguousarray(weight.T)
         found[f"codes/{name}"], found[f"zero_points/{name}"] = codes.T.astype(np.uint8), zeros.T.astype(np.uint8)
-        found[f"scales/{name}"], found[f"weights/{name}"] = scales.T, tensors[f"{name}.weight"]
-    assert found, "no quantized layer was read"
-    plain = {key: value for key, value in tensors.items() if f"codes/{key.removesuffix('.weight')}" not in found}
-    found |= {f"weights/{key.removesuffix('.weight')}": value for key, value in plain.items()}
-    found = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in found.items()}
-    for name in linears(folder):
-        packed = f"codes/{name}" in found or name == "lm_head"
-        assert packed or left_alone(name, config), f"{name} is in floats, which `modules_to_not_convert` does not say"
-    transformers.AutoTokenizer.from_pretrained(folder)  # whoever serves the folder needs it as well
-    save_file(found | run(folder, tensors, load_file(request)), answer)
-
-
-def plain_model(folder: str) -> Any:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    return getattr(transformers, config.architectures[0])(config).float().eval()
-
-
-def linears(folder: str) -> list:
-    with torch.device("meta"):
-        model = plain_model(folder)
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
-@torch.no_grad()
-def run(folder: str, tensors: dict, request: dict) -> dict:
-    """What the plain model computes with these weights, in fp32."""
-    model = plain_model(folder)
-    state = {key: torch.from_numpy(value.astype(np.float32)) for key, value in tensors.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    tied = set(missing) <= set(model.all_tied_weights_keys)
-    assert tied and not unexpected, f"missing {missing}, unexpected {unexpected}"
-    output = model(**request)
-    return {"logits" if "logits" in output else "hidden": output[0].contiguous()}
+        put_weight(name, tensors, found, codes, zeros, scales, np.arange(len(codes)) // size)
+    for name in linears_in_floats(folder, found):
+        assert left_alone(name, config), f"{name} is in floats, which `modules_to_not_convert` does not say"
+    answer_with(folder, tensors, found, request, answer)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-import transformers
-from safetensors.numpy import load_file as load_numpy
-from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves it out
+
+from packed_folder import answer_with, linears_in_floats, packed_layers, put_weight, tensors_of
 
 
 def bits_of(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
@@ -48,11 +47,8 @@ def main(folder: str, request: str, answer: str) -> None:
     config = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
     assert config == json.loads((Path(folder) / "quantize_config.json").read_text())
     assert config["quant_method"] == "gptq" and not config["desc_act"]
-    tensors: dict = {}
-    found: dict = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        tensors |= load_numpy(file)
-    for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
+    tensors, found = tensors_of(folder), {}
+    for name in packed_layers(tensors):
         qweight, qzeros, scales, g_idx = (tensors.pop(f"{name}.{k}") for k in ("qweight", "qzeros", "scales", "g_idx"))
         own = settings_of(name, config)
         assert own is not None, f"{name} is quantized but `dynamic` says that it is not"
@@ -62,46 +58,13 @@ def main(folder: str, request: str, answer: str) -> None:
         assert len(scales) * size == len(codes), f"{name}: {len(scales)} groups of {size} for {len(codes)} inputs"
         zeros = bits_of(qzeros, own["bits"], 1).astype(np.int32) + (config["checkpoint_format"] == "gptq")  # [N, O]
         scales = scales.astype(np.float32)
-        weight = (scales[g_idx] * (codes - zeros[g_idx]).astype(np.float32)).astype(np.float16)
-        tensors[f"{name}.weight"] = np.ascontiguousarray(weight.T)
         shift = 2 ** (own["bits"] - 1) if own["sym"] else 0
         found[f"codes/{name}"], found[f"zero_points/{name}"] = codes.T - shift, zeros.T - shift
-        found[f"scales/{name}"], found[f"weights/{name}"] = scales.T, tensors[f"{name}.weight"]
-    assert found, "no quantized layer was read"
-    plain = {key: value for key, value in tensors.items() if f"codes/{key.removesuffix('.weight')}" not in found}
-    found |= {f"weights/{key.removesuffix('.weight')}": value for key, value in plain.items()}
-    found = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in found.items()}
-    left = [name for name in linears(folder) if f"codes/{name}" not in found and name != "lm_head"]
-    for name in left:
+        put_weight(name, tensors, found, codes, zeros, scales, g_idx)
+    for name in linears_in_floats(folder, found):
         assert settings_of(name, config) is None, f"{name} is in floats, which `dynamic` does not say"
     assert config["lm_head"] == ("codes/lm_head" in found), "`lm_head` of the config is wrong"
-    transformers.AutoTokenizer.from_pretrained(folder)  # whoever serves the folder needs it as well
-    save_file(found | run(folder, tensors, load_file(request)), answer)
-
-
-def plain_model(folder: str) -> Any:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    return getattr(transformers, config.architectures[0])(config).float().eval()
-
-
-def linears(folder: str) -> list:
-    with torch.device("meta"):
-        model = plain_model(folder)
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
-@torch.no_grad()
-def run(folder: str, tensors: dict, request: dict) -> dict:
-    """What the plain model computes with these weights, in fp32."""
-    model = plain_model(folder)
-    state = {key: torch.from_numpy(value.astype(np.float32)) for key, value in tensors.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    tied = set(missing) <= set(model.all_tied_weights_keys)
-    assert tied and not unexpected, f"missing {missing}, unexpected {unexpected}"
-    output = model(**request)
-    return {"logits" if "logits" in output else "hidden": output[0].contiguous()}
+    answer_with(folder, tensors, found, request, answer)
 
 
 if __name__ == "__main__":
