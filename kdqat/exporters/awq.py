@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kdqat.exporters.base import Exporter, first_besides_weights
+from kdqat.exporters.base import Exporter, refuses_besides_weights
 from kdqat.exporters.gptq import refuses_integers
-from kdqat.exporters.hf_folder import codes_and_qparams, linears_left, refuses_layer, write_hf_folder
+from kdqat.exporters.hf_folder import counted_from_zero, linears_left, refuses_layer, write_hf_folder
 from kdqat.exporters.use import loaded, served
 from kdqat.quant.layouts import awq
 from kdqat.student import Student
@@ -34,11 +34,8 @@ class AWQ(Exporter):
         return "float16"
 
     def refuses(self, student: Student) -> str | None:
-        if lost := self.leaves(student.plan):
-            first = first_besides_weights(student.plan)
-            return (
-                f"{first}: AWQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
-            )
+        if reason := refuses_besides_weights(student.plan, "AWQ"):
+            return reason
         sizes: dict[int, str] = {}
         for name, layer in student.layers.items():
             if reason := refuses_layer(name, layer):
@@ -68,13 +65,11 @@ class AWQ(Exporter):
         quantized: dict[str, dict[str, Tensor]] = {}
         group_size = -1
         for name, layer in student.layers.items():
-            codes, scale, zero_point = codes_and_qparams(layer)
-            spec = student.plan[name].weight
-            assert spec is not None
-            group_size, shift = spec.group_size or -1, 2 ** (awq.BITS - 1) if spec.symmetric else 0
+            spec, codes, scale, zero_point = counted_from_zero(layer)
+            group_size = spec.group_size or -1
             quantized[name] = {
-                "qweight": awq.pack(codes + shift),
-                "qzeros": awq.pack(zero_point.long() + shift),
+                "qweight": awq.pack(codes),
+                "qzeros": awq.pack(zero_point),
                 "scales": scale.t().half(),
             }
         config: dict[str, Any] = {

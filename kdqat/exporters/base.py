@@ -91,6 +91,14 @@ class Exporter(ABC):
         if left := self.leaves(plan):
             log.warning("export %s holds weights only: %s of the plan are for the engine to apply", self.name, left)
 
+    def require_writer(self) -> None:
+        """
+        Raises:
+            ValueError: if the package that `export` needs is missing.
+        """
+        if missing := self.writer_missing():
+            raise ValueError(f"export {self.name} writes with {missing}")
+
     def engine_missing(self) -> str | None:
         """The package that its engine is in and how to install it; None if it is there."""
         return None
@@ -115,7 +123,11 @@ def besides_weights(schemes: Iterable[LayerScheme], kv_cache: bool) -> str:
     return ", ".join(kind for kind, there in kinds.items() if there)
 
 
-def first_besides_weights(plan: QuantPlan) -> str:
-    """The first layer whose activations or outputs `plan` quantizes, else "kv_cache"."""
+def refuses_besides_weights(plan: QuantPlan, what: str) -> str | None:
+    """Why the format `what`, which holds weights alone, refuses `plan`, naming the first layer; None if it need not."""
+    lost = besides_weights(plan.values(), plan.kv_cache is not None)
+    if not lost:
+        return None
     quantized = (name for name, s in plan.items() if s.activation is not None or s.output is not None)
-    return next(quantized, "kv_cache")
+    first = next(quantized, "kv_cache")
+    return f"{first}: {what} has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"

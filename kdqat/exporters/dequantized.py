@@ -8,7 +8,6 @@ rounded in another order.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from kdqat.exporters.base import Exporter
+from kdqat.exporters.hf_files import save_hf_model
 from kdqat.exporters.use import loaded, served
 from kdqat.models.source import Dtype
 from kdqat.student import Student, plain_state
@@ -58,14 +58,7 @@ class DequantizedHF(Exporter):
             if value.is_floating_point():
                 same = (value.data_ptr(), value.shape)
                 state[key] = converted.setdefault(same, value.detach().to("cpu", dtype))
-        before = student.model.config.dtype
-        student.model.save_pretrained(out_dir, state_dict=state)
-        student.model.config.dtype = before
-        config = copy.deepcopy(student.model.config)
-        config.dtype = dtype  # save_pretrained wrote the student's own; from_pretrained loads in what stands here
-        config.save_pretrained(out_dir)
-        student.tokenizer.save_pretrained(out_dir)
-        student.plan.save(out_dir)
+        save_hf_model(student, out_dir, state, dtype=dtype)
 
     def serving(self, student: Student, folder: str) -> Mapping[str, str]:
         vllm = "vLLM (as fast as the base model, since the weights are plain floats)"

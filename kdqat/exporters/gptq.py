@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from kdqat.exporters.base import Exporter, first_besides_weights
-from kdqat.exporters.hf_folder import FUSED, codes_and_qparams, linears_left, refuses_layer, write_hf_folder
+from kdqat.exporters.base import Exporter, refuses_besides_weights
+from kdqat.exporters.hf_folder import FUSED, counted_from_zero, linears_left, refuses_layer, write_hf_folder
 from kdqat.exporters.use import loaded, served
 from kdqat.files import write_text
 from kdqat.quant.layouts import gptq
@@ -54,11 +54,8 @@ class GPTQ(Exporter):
         return "float16"
 
     def refuses(self, student: Student) -> str | None:
-        if lost := self.leaves(student.plan):
-            first = first_besides_weights(student.plan)
-            return (
-                f"{first}: GPTQ has no place for {lost} that are quantized; plan weights only, or use CompressedTensors"
-            )
+        if reason := refuses_besides_weights(student.plan, "GPTQ"):
+            return reason
         for name, layer in student.layers.items():
             if reason := refuses_layer(name, layer):
                 return reason
@@ -87,15 +84,12 @@ class GPTQ(Exporter):
         settings: dict[str, _Settings] = {}
         quantized: dict[str, dict[str, Tensor]] = {}
         for name, layer in student.layers.items():
-            codes, scale, zero_point = codes_and_qparams(layer)
-            spec = student.plan[name].weight
-            assert spec is not None
+            spec, codes, scale, zero_point = counted_from_zero(layer)
             bits, width = int(spec.bits), codes.shape[1]
             settings[name] = (bits, spec.group_size or -1, spec.symmetric)
-            shift = 2 ** (bits - 1) if spec.symmetric else 0
             quantized[name] = {
-                "qweight": gptq.pack_weight(codes + shift, bits),
-                "qzeros": gptq.pack_zero_points(zero_point.long() + shift, bits, version=version),
+                "qweight": gptq.pack_weight(codes, bits),
+                "qzeros": gptq.pack_zero_points(zero_point, bits, version=version),
                 "scales": scale.t().half(),
                 "g_idx": gptq.group_index(width, spec.group_size or width),
             }

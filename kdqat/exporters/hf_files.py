@@ -12,6 +12,21 @@ import torch
 from kdqat.student import Student
 
 
+def save_hf_model(
+    student: Student,
+    out_dir: Path,
+    state: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    quantization_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `state` as the model's safetensors, and the files of `save_hf_files`; leaves the student's config alone."""
+    before = student.model.config.dtype
+    student.model.save_pretrained(out_dir, state_dict=state)
+    student.model.config.dtype = before  # save_pretrained puts the model's own there
+    save_hf_files(student, out_dir, dtype=dtype, quantization_config=quantization_config)
+
+
 def save_hf_files(
     student: Student,
     out_dir: Path,

@@ -5,8 +5,6 @@ Also what such formats ask of a layer before its numbers count: that it is an nn
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdqat.files import write_text
+from kdqat.exporters.hf_files import save_hf_model
 from kdqat.quant import FakeQuantLinear, QuantizedLayer
+from kdqat.spec import QuantSpec
 from kdqat.student import Student, plain_state
 
 # Sibling layers that serving engines run as one matmul, under the name they give it.
@@ -49,17 +48,7 @@ def write_hf_folder(
     for name, tensors in quantized.items():
         state |= {f"{name}.{last}": tensor.detach().cpu().contiguous() for last, tensor in tensors.items()}
     state |= extra or {}
-    before = student.model.config.dtype
-    student.model.save_pretrained(out_dir, state_dict=state)
-    student.model.config.dtype = before
-    config = copy.deepcopy(student.model.config)
-    config.dtype = dtype
-    config.save_pretrained(out_dir)
-    written = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
-    written["quantization_config"] = dict(quantization_config)
-    write_text(out_dir / "config.json", json.dumps(written, indent=2) + "\n")
-    student.tokenizer.save_pretrained(out_dir)
-    student.plan.save(out_dir)
+    save_hf_model(student, out_dir, state, dtype=dtype, quantization_config=quantization_config)
 
 
 def refuses_layer(name: str, layer: QuantizedLayer) -> str | None:
@@ -84,6 +73,16 @@ def codes_and_qparams(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
     rows = matrix.shape[0]
     scale, zero_point = (x.detach().float().cpu().reshape(-1).reshape(rows, -1) for x in stored)
     return quantizer.codes(matrix).detach().cpu().long(), scale, zero_point
+
+
+def counted_from_zero(layer: QuantizedLayer) -> tuple[QuantSpec, Tensor, Tensor, Tensor]:
+    """The layer's spec, and its integers as formats without signs have them: codes [O, I] and zero points [O, N] int64
+    from 0 up, a symmetric grid's zero in the middle; scales [O, N] fp32."""
+    codes, scale, zero_point = codes_and_qparams(layer)
+    assert layer.weight_fake_quantizer is not None
+    spec = layer.weight_fake_quantizer.spec
+    shift = 2 ** (int(spec.bits) - 1) if spec.symmetric else 0
+    return spec, codes + shift, scale, zero_point.long() + shift
 
 
 def linears_left(student: Student) -> Iterator[str]:

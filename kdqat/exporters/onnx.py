@@ -65,8 +65,7 @@ class ONNX(Exporter):
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
-        if missing := self.writer_missing():
-            raise ValueError(f"export {self.name} writes with {missing}")
+        self.require_writer()
         import onnx
 
         self.say_what_is_left(student.plan)

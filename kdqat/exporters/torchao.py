@@ -69,8 +69,7 @@ class TorchAO(Exporter):
 
     @torch.no_grad()
     def export(self, student: Student, out_dir: Path) -> None:
-        if missing := self.writer_missing():
-            raise ValueError(f"export {self.name} writes with {missing}")
+        self.require_writer()
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
         self.say_what_is_left(student.plan)

@@ -75,8 +75,7 @@ def require_exportable(student: Student, exporter: Exporter, out_dir: Path, *, o
         held = words_that_hold(student)
         which = f" (formats that hold this plan: {', '.join(held)})" if held else ""
         raise ValueError(f"export {exporter.name}: {reason}{which}")
-    if missing := exporter.writer_missing():
-        raise ValueError(f"export {exporter.name} writes with {missing}")
+    exporter.require_writer()
     for path in (out_dir, *out_dir.parents, _rejected(out_dir)):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file, and a folder goes there: move it away, or use another folder")
