@@ -82,13 +82,14 @@ def compare_layers(
                 continue  # the other name of what was answered
             if not ({"codes", "scales"} <= kinds or "weights" in kinds):
                 findings.faults.append(f"{name}: the reader answered with neither codes and scales nor weights")
-            expected = expected_of(layer, dtype, of_codes="codes" in kinds)
+            answered = {kind: tensors.get_tensor(f"{kind}/{name}") for kind in KINDS if kind in kinds}
             if layer.weight_fake_quantizer is None:
                 expected = {"weights": layer.as_matrix(stored(f"{name}.weight", layer.dequantized_weight()))}
-            elif "codes" in kinds and tensors.get_tensor(f"codes/{name}").dtype == torch.uint8:
-                expected |= _from_zero(layer, expected)
-            for kind in (kind for kind in KINDS if kind in kinds):
-                given = tensors.get_tensor(f"{kind}/{name}")
+            else:
+                expected = expected_of(layer, dtype, of_codes="codes" in kinds)
+                if "codes" in kinds and answered["codes"].dtype == torch.uint8:
+                    expected |= _from_zero(layer, expected)
+            for kind, given in answered.items():
                 if kind == "weights" and given.shape == layer.weight.shape:
                     given = layer.as_matrix(given)
                 if kind not in expected:
@@ -134,18 +135,16 @@ def _cache_quantizers(student: Student) -> dict[str, FakeQuantizer]:
 
 
 def expected_of(layer: QuantizedLayer, dtype: torch.dtype, *, of_codes: bool = True) -> dict[str, Tensor]:
-    """What a lossless format holds of `layer`: KIND -> tensor; weights [O, I] as its reader makes them in `dtype`.
+    """What a lossless format holds of the quantized `layer`: KIND -> tensor, weights [O, I] as read in `dtype`.
 
     Args:
         of_codes: the format holds codes, of which a reader makes weights whatever the latent ones' dtype is; else it
             holds what the student multiplies by, which latent weights of 16 bits round to these.
     """
     quantizer, matrix = layer.weight_fake_quantizer, layer.latent_matrix()
-    plain = layer.as_matrix(layer.dequantized_weight()).to(dtype)
-    if quantizer is None:
-        return {"weights": plain}
+    assert quantizer is not None
     stored, codes = quantizer.stored_qparams(matrix), quantizer.codes(matrix)
     outside = layer.adapter is not None and layer.adapter.placement == "outside"  # it is added to plain weights
     exact = (of_codes or layer.weight.dtype == torch.float32) and not outside
-    weights = quantizer.values(codes, stored).to(dtype) if exact else plain
-    return {"codes": codes, "scales": stored.scale, "zero_points": stored.zero_point, "weights": weights}
+    weights = quantizer.values(codes, stored) if exact else layer.as_matrix(layer.dequantized_weight())
+    return {"codes": codes, "scales": stored.scale, "zero_points": stored.zero_point, "weights": weights.to(dtype)}

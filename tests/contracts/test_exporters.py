@@ -35,6 +35,7 @@ from kdqat.models.toy import toy_model
 from kdqat.quant import LSQ, full_precision
 from kdqat.spec import PLAN_FILE, PRESETS, QuantPlan
 from kdqat.student import Student, as_rtn, prepare_student
+from tests.exporters.gguf_students import moved
 from tests.models.stories import stories260k
 
 # tried in this order until a format holds one
@@ -90,12 +91,7 @@ def trained(name: str, scheme: str = "W4A16_G32") -> Student:
     student = prepare_student(
         source, Uniform(scheme, ignore=ignore), LSQ, MSEGrid(num_steps=5), calibration=text, split=split
     )
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        for layer in student.layers.values():
-            layer.weight.add_(torch.randn_like(layer.weight) * layer.weight.std() * 0.1)
-            layer.weight_fake_quantizer.scale.mul_(torch.rand_like(layer.weight_fake_quantizer.scale) * 0.2 + 0.85)
-    return student
+    return moved(student)
 
 
 def scheme_for(word: str) -> str:

@@ -37,6 +37,17 @@ def trained(
     return student
 
 
+@torch.no_grad()
+def moved(student: Student) -> Student:
+    """The student with weights and scales off their start, as training moves them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for layer in student.layers.values():
+            layer.weight.add_(torch.randn_like(layer.weight) * layer.weight.std() * 0.1)
+            layer.weight_fake_quantizer.scale.mul_(torch.rand_like(layer.weight_fake_quantizer.scale) * 0.2 + 0.85)
+    return student
+
+
 def exported(student: Student, folder: Path, **arguments) -> Path:
     """`folder` with the student's GGUF file in it."""
     exporter = GGUF(**arguments)

