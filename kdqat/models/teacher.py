@@ -35,9 +35,12 @@ class Teacher(ABC):
 
     Attributes:
         shares_weights: it computes with the student's latent weights, which must then stay as they were loaded.
+        repeats_itself: what it and its layers answered to a batch once is what they will always answer to it, so that
+            observers need not ask again.
     """
 
     shares_weights: ClassVar[bool] = False
+    repeats_itself: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, source: ModelSource, student: SplitModel, tokenizer: Any, *, pristine: bool) -> None:
@@ -98,6 +101,8 @@ class FrozenTeacher(Teacher):
     Raises:
         ValueError: for options that exclude each other.
     """
+
+    repeats_itself: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,10 +1,11 @@
-"""What observers measured: buffered on the device, read once a step, written to RUN/signals.parquet and the loggers.
+"""What observers measured: buffered on the device, written to RUN/signals.parquet and the loggers.
 
 A row of the file is one value: step, source ("gradient", "signal", "oscillation", "guard"), metric, block (-1: outside
 of blocks), role ("block": a block's own output, "attention": its attention weights, "": of the whole model), layer
 (full name) and value. Loggers get what a curve can show: per role the mean over its layers (of max_*: the maximum), as
 grad/o/energy, and grad/all/energy over all roles. The loggers are called by step and not through `module.log`, whose
-values are only written at multiples of `log_every_n_steps`.
+values are only written at multiples of `log_every_n_steps`; and while the device computes the step after, so that
+nobody waits for values or for the tables made of them.
 
 The step is the number of optimizer steps made before: a row of step 0 is about the student before its first update.
 """
@@ -55,6 +56,12 @@ class _Pending(NamedTuple):
     values: Tensor
 
 
+class _Arriving(NamedTuple):
+    pending: list[_Pending]
+    values: Tensor  # of all of them, on the CPU once `copied` is over
+    copied: torch.cuda.Event | None
+
+
 class SignalRecorder(Observer):
     """Collects what the observers of one run measure; `make_trainer` adds it where there are observers.
 
@@ -70,7 +77,9 @@ class SignalRecorder(Observer):
         self.grid: dict[Any, list[GridRows]] = {}
         self._probes: dict[tuple[int, int], Probe] = {}
         self._pending: list[_Pending] = []
+        self._arriving: list[_Arriving] = []
         self._tables: list[pa.Table] = []
+        self._unlogged: list[pa.Table] = []
 
     def probe(self, num_rows: int, num_tokens: int) -> Probe:
         """The run's probe of this size: one for all who ask."""
@@ -90,35 +99,37 @@ class SignalRecorder(Observer):
         return self._tables[0]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._tables, self._pending = [], []
+        self._tables, self._unlogged, self._pending, self._arriving = [], [], [], []
         if self.path is not None and self.path.is_file() and trainer.global_step and trainer.is_global_zero:
             before = pq.read_table(self.path, schema=SCHEMA)
             self._tables = [before.filter(pyarrow.compute.less(before["step"], trainer.global_step))]
+
+    def on_after_backward(self, trainer: L.Trainer, *_: Any) -> None:
+        if self._arriving:  # of the step before: the device is busy with this one
+            self._read()
+            self._tell(trainer)
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         self._forget()  # observers come in their order, and this one last
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.grid = {}
-        if not self._pending:
-            return
-        if not trainer.is_global_zero:
-            self._pending = []
-            return
-        table = self._read()
-        for step, numbers in _curves(table).items():
-            for logger in trainer.loggers:
-                logger.log_metrics(numbers, step=step)
+        if trainer.is_global_zero:
+            self._send()
+        self._pending = []
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
         self._write(trainer)
+        self._tell(trainer)  # a run that goes on from here does not measure it again
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._write(trainer)
+        self._tell(trainer)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         try:  # a run that dies is the one whose signals are wanted
             self._write(trainer)
+            self._tell(trainer)
         except (OSError, RuntimeError) as error:  # a lost device, a full disk: the run's own error is the one to see
             log.warning("%s could not be written (%s)", self.path, str(error).partition("\n")[0])
 
@@ -129,25 +140,35 @@ class SignalRecorder(Observer):
         for probe in self._probes.values():
             probe.forget()
 
-    def _read(self) -> pa.Table:
-        """Bring what is pending to the CPU, at once."""
+    def _send(self) -> None:
+        """Let what is pending go to the CPU, at once; waits for nothing."""
         pending, self._pending = self._pending, []
         if not pending:
-            return SCHEMA.empty_table()
-        everything = torch.cat([item.values.flatten() for item in pending]).tolist()
-        columns: list[list[Any]] = [[] for _ in SCHEMA]
-        wanted = (place for item in pending for place in item.places)
-        for item in pending:
-            for ref in item.places:
-                if ref is None:
-                    continue
-                block = -1 if ref.block is None else ref.block
-                row = (item.step, item.source, item.metric, block, ref.role, ref.name)
-                for column, cell in zip(columns, row, strict=False):
-                    column.append(cell)
-        columns[-1] = [value for value, place in zip(everything, wanted, strict=True) if place is not None]
-        self._tables.append(pa.table(columns, schema=SCHEMA))
-        return self._tables[-1]
+            return
+        values, copied = torch.cat([item.values.flatten() for item in pending]), None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values, copied = host.copy_(values, non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._arriving.append(_Arriving(pending, values, copied))
+
+    def _read(self) -> None:
+        """Make tables of all that was noted."""
+        self._send()
+        arriving, self._arriving = self._arriving, []
+        for pending, values, copied in arriving:
+            if copied is not None:
+                copied.synchronize()
+            self._tables.append(_table(pending, values.tolist()))
+            self._unlogged.append(self._tables[-1])
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        """Give the loggers what they have not had."""
+        tables, self._unlogged = self._unlogged, []
+        for table in tables if trainer.is_global_zero else []:
+            for step, numbers in _curves(table).items():
+                for logger in trainer.loggers:
+                    logger.log_metrics(numbers, step=step)
 
     def _write(self, trainer: L.Trainer) -> None:
         if self.path is None or not trainer.is_global_zero:
@@ -175,6 +196,22 @@ def note(trainer: L.Trainer, step: int, what: str, value: float) -> None:
         if isinstance(callback, SignalRecorder):
             values = torch.tensor([value], device=trainer.strategy.root_device)  # where all others are: read at once
             callback.add(step, "guard", what, [LayerRef("", None, "", ())], values)
+
+
+def _table(pending: list[_Pending], values: list[float]) -> pa.Table:
+    """Rows of what was noted; `values` are those of all of it, in order."""
+    columns: list[list[Any]] = [[] for _ in SCHEMA]
+    wanted = (place for item in pending for place in item.places)
+    for item in pending:
+        for ref in item.places:
+            if ref is None:
+                continue
+            block = -1 if ref.block is None else ref.block
+            row = (item.step, item.source, item.metric, block, ref.role, ref.name)
+            for column, cell in zip(columns, row, strict=False):
+                column.append(cell)
+    columns[-1] = [value for value, place in zip(values, wanted, strict=True) if place is not None]
+    return pa.table(columns, schema=SCHEMA)
 
 
 def _curves(table: pa.Table) -> dict[int, dict[str, float]]:

@@ -64,6 +64,8 @@ def test_loggers_get_means_by_role_at_the_step_of_the_row_and_maxima_of_maxima()
     recorder.add(7, "signal", "max_abs", [O0, O1, BLOCK], torch.tensor([1.0, 3.0, 9.0]))
     recorder.add(7, "oscillation", "flipped", [O0, O1], torch.tensor([float("nan"), 0.25]))
     recorder.on_train_batch_end(trainer)
+    assert trainer.loggers[0].rows == []  # nobody waits for values
+    recorder.on_after_backward(trainer)  # of the next step
     ((step, numbers),) = trainer.loggers[0].rows
     assert step == 7 and numbers == {
         "grad/o/energy": 2, "grad/q/energy": 5, "grad/all/energy": 3,
@@ -71,13 +73,30 @@ def test_loggers_get_means_by_role_at_the_step_of_the_row_and_maxima_of_maxima()
         "oscillation/o/flipped": 0.25, "oscillation/all/flipped": 0.25,
     }  # fmt: skip
     recorder.on_train_batch_end(trainer)
+    recorder.on_after_backward(trainer)
+    recorder.on_train_end(trainer, None)
     assert len(trainer.loggers[0].rows) == 1  # nothing new, nothing logged
+
+
+@pytest.mark.parametrize("end", ["on_train_end", "on_save_checkpoint", "on_exception"])
+def test_the_last_steps_values_reach_file_and_loggers_once(end: str, tmp_path: Path) -> None:
+    recorder, trainer = SignalRecorder(tmp_path), fake_trainer()
+    for step in (3, 4):
+        recorder.add(step, "gradient", "energy", [O0], torch.tensor([float(step)]))
+        recorder.on_train_batch_end(trainer)
+    recorder.add(5, "gradient", "energy", [O0], torch.tensor([5.0]))  # of a step that is not over
+    assert recorder.table()["step"].to_pylist() == [3, 4, 5]  # whoever asks has them, the loggers as well later
+    getattr(recorder, end)(trainer, None, *([ValueError()] if end == "on_exception" else []))
+    recorder.on_after_backward(trainer)
+    assert [step for step, _ in trainer.loggers[0].rows] == [3, 4, 5]
+    assert pq.read_table(tmp_path / "signals.parquet")["value"].to_pylist() == [3.0, 4.0, 5.0]
 
 
 def test_only_the_first_process_logs_and_writes(tmp_path: Path) -> None:
     recorder, trainer = SignalRecorder(tmp_path), fake_trainer(is_global_zero=False)
     recorder.add(0, "gradient", "energy", [O0], torch.ones(1))
     recorder.on_train_batch_end(trainer)
+    recorder.on_after_backward(trainer)
     recorder.on_save_checkpoint(trainer)
     assert trainer.loggers[0].rows == [] and list(tmp_path.iterdir()) == []
 

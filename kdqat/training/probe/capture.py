@@ -70,10 +70,9 @@ def watched(
 
         return hook
 
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(keep(name, True)) for name in layers]
+    handles = [model.get_submodule(name).register_forward_hook(keep(name, True)) for name in layers]
     for ref in block_refs(model):
-        handles.append(modules[ref.name].register_forward_hook(keep(ref.name, False)))
+        handles.append(model.get_submodule(ref.name).register_forward_hook(keep(ref.name, False)))
     if attention:
         for name, module in attention_modules(model).items():
             handles.append(module.register_forward_hook(keep_entropy(name)))

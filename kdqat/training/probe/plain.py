@@ -7,13 +7,16 @@ transformers nor `parallel.py` checkpoints, so the modules' `training` flags are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from kdqat.models import SplitModel
+from kdqat.quant import FakeQuantLayer
 
 _COMPILED = "_compiled_call_impl"  # where torch.compile in place leaves its code
 
@@ -25,8 +28,9 @@ def plainly(split: SplitModel, *, eager_attention: bool = False) -> Iterator[Non
     Args:
         eager_attention: attention that gives its weights away.
     """
-    training = [module for module in split.modules() if module.training]
-    compiled = [(module, module.__dict__.pop(_COMPILED)) for module in split.modules() if _COMPILED in module.__dict__]
+    modules = list(split.modules())  # walking a model takes a millisecond
+    training = [module for module in modules if module.training]
+    compiled = [(module, module.__dict__.pop(_COMPILED)) for module in modules if _COMPILED in module.__dict__]
     config: Any = split.model.config
     attention = config._attn_implementation
     for module in training:
@@ -42,23 +46,31 @@ def plainly(split: SplitModel, *, eager_attention: bool = False) -> Iterator[Non
             module.__dict__[_COMPILED] = call
         for module in training:
             module.training = True
-        reshard(split)
+        # of its root FSDP2 keeps what it gathered for a backward pass, and would compute the next step with it even if
+        # the optimizer has moved the weights since
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
-def reshard(split: nn.Module) -> None:
-    """Let go of what FSDP2 gathered: of its root it keeps it for a backward pass, and would compute the next step with
-    it even if the optimizer has moved the weights since."""
-    for module in split.modules():
-        sharded: Any = module
-        if hasattr(sharded, "reshard") and hasattr(sharded, "unshard"):
-            sharded.reshard()
+@contextmanager
+def constant_weights(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the fake-quantized weights of `layers` are constants for autograd: gradients of outputs need no more."""
+    chosen: list[Any] = [layer for layer in layers if isinstance(layer, FakeQuantLayer)]
+    for layer in chosen:
+        layer.fake_quantized_weight = torch.no_grad()(layer.fake_quantized_weight)
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            del layer.fake_quantized_weight  # the class has it
 
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[bool]:
     """Inside, FSDP2's parameters of `module` (not of modules that are sharded themselves) are whole, on every rank;
     yields whether it is sharded at all."""
-    sharded: Any = module if hasattr(module, "unshard") and hasattr(module, "reshard") else None
+    sharded = module if isinstance(module, FSDPModule) else None
     if sharded is not None:
         sharded.unshard()
     try:

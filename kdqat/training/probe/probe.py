@@ -8,7 +8,8 @@ with respect to outputs, by `autograd.grad`. It is collective under FSDP2.
 Memory, until the pass is let go: outputs of all layers and blocks of both models, in the dtype they have
 (Llama-2-7B: 24 MB a block in 16 bits at 256 tokens, 1.5 GB for both), with gradients the inputs as well, the
 fake-quantized weight of every layer in the dtype of the forward pass (as a training step without checkpointing holds
-them), and a few fp32 tensors [tokens, vocabulary].
+them), and a few fp32 tensors [tokens, vocabulary]. A teacher that repeats itself is asked once, and its half of the
+outputs stays.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from kdqat.losses import CrossEntropy, DistillLoss
 from kdqat.models import CachedTeacher, SplitModel, Teacher
@@ -27,7 +29,7 @@ from kdqat.quant import FakeQuantConv1D, FakeQuantLinear, full_precision
 from kdqat.training.probe.batch import cut
 from kdqat.training.probe.capture import Seen, watched
 from kdqat.training.probe.energy import gradient_energies
-from kdqat.training.probe.plain import plainly
+from kdqat.training.probe.plain import constant_weights, plainly
 from kdqat.training.probe.stacks import Values
 from kdqat.types import EMBEDDING, Batch, LayerRef, Outputs
 
@@ -36,13 +38,24 @@ FP16_SCALE = 1024.0  # times the sum over tokens: gradients of activations are i
 Context = Callable[[], AbstractContextManager[Any]]  # the autocast of the student's pass
 
 
+class Answered(NamedTuple):
+    """What a teacher and its layers answered."""
+
+    outputs: Any  # as `Teacher.outputs`
+    seen: Seen
+
+
 class ProbePass(NamedTuple):
     """What one pass saw; `loss` and `cross_entropy` hold energies where gradients were wanted."""
 
     student: Seen
-    teacher: Seen | None
+    answered: Answered | None
     loss: Values
     cross_entropy: Values
+
+    @property
+    def teacher(self) -> Seen | None:
+        return None if self.answered is None else self.answered.seen
 
 
 def require_live(teacher: Teacher | None, who: str) -> None:
@@ -105,6 +118,8 @@ class Probe:
         self.cross_entropy = False
         self.gradient_steps: set[int] = set()
         self._pass: tuple[int, ProbePass] | None = None
+        self._names: list[str] | None = None
+        self._answered: tuple[Any, Answered] | None = None  # the teacher, and what it says each time
 
     def offer(self, batch: Batch, share: Callable[[Any], Any]) -> None:
         """Cut the probe's batch from a training batch, unless there is one.
@@ -121,21 +136,44 @@ class Probe:
     def take(self, state: list[Tensor | None]) -> None:
         """Take over a batch as `state` gave it."""
         tensors: Any = state
-        self.batch = Batch(*tensors)
+        self.batch, self._answered = Batch(*tensors), None
 
     def state(self) -> list[Tensor | None] | None:
         """The batch, for a checkpoint."""
         return None if self.batch is None else _on_cpu(self.batch)
 
     def at(
-        self, step: int, student: SplitModel, layers: Callable[[], Sequence[LayerRef]], **arguments: Any
+        self,
+        step: int,
+        student: SplitModel,
+        layers: Callable[[], Sequence[LayerRef]],
+        *,
+        teacher: Teacher | None,
+        loss: DistillLoss | None,
+        context: Context,
     ) -> ProbePass:
-        """The pass of `step`: made once, whoever asks; arguments as `probe_pass`."""
+        """The pass of `step`: made once, whoever asks; arguments as `probe_pass`. `layers` are asked for once, and so
+        is a teacher that repeats itself."""
         if self._pass is None or self._pass[0] != step:
             assert self.batch is not None
-            wanted = any(step % every == 0 for every in self.gradient_steps)
-            arguments |= {"attention": self.attention, "gradients": wanted, "cross_entropy": self.cross_entropy}
-            self._pass = step, probe_pass(student, self.batch, [ref.name for ref in layers()], **arguments)
+            self._names = [ref.name for ref in layers()] if self._names is None else self._names
+            asked = teacher, loss, self.attention
+            known = self._answered[1] if self._answered is not None and self._answered[0] == asked else None
+            found = probe_pass(
+                student,
+                self.batch,
+                self._names,
+                teacher=teacher,
+                loss=loss,
+                context=context,
+                attention=self.attention,
+                gradients=any(step % every == 0 for every in self.gradient_steps),
+                cross_entropy=self.cross_entropy,
+                answered=known,
+            )
+            self._pass = step, found
+            if found.answered is not None and _repeats_itself(teacher):
+                self._answered = asked, found.answered
         return self._pass[1]
 
     def forget(self) -> None:
@@ -154,6 +192,7 @@ def probe_pass(
     attention: bool = False,
     gradients: bool = False,
     cross_entropy: bool = False,
+    answered: Answered | None = None,
 ) -> ProbePass:
     """Run teacher and student once.
 
@@ -164,32 +203,33 @@ def probe_pass(
         attention: look at attention too.
         gradients: energies of the loss's gradient.
         cross_entropy: with them, those of the cross-entropy's.
+        answered: what the teacher said when it was asked the same; then it is not asked again.
     """
     wants = loss.wants if loss is not None else frozenset()
     eager = attention or "attentions" in wants
-    answer: Any = None
-    theirs: Seen | None = None
     with ExitStack() as until_all_is_known:  # a teacher's head is called by the loss
         until_all_is_known.enter_context(context())
-        if teacher is not None:
+        if teacher is not None and answered is None:
             split = live_split(teacher, "the probe")
             renamed = {_plain_name(name): name for name in names}
             until_all_is_known.enter_context(plainly(split, eager_attention=eager))
             with watched(split.model, renamed, attention=attention) as seen:
                 answer = teacher.outputs(batch, wants)
             outputs = {renamed.get(name, name): output for name, output in seen.outputs.items()}
-            theirs = seen._replace(outputs=outputs)
+            answered = Answered(answer, seen._replace(outputs=outputs))
         until_all_is_known.enter_context(plainly(student, eager_attention=eager))
         until_all_is_known.enter_context(torch.set_grad_enabled(gradients))
+        until_all_is_known.enter_context(constant_weights(map(student.model.get_submodule, names)))
         with watched(student.model, names, attention=attention, differentiable=gradients) as ours:
             outputs_of_student = student(batch, wants)
         of_loss: Values = {}
         of_labels: Values = {}
+        theirs: Any = None if answered is None else answered.outputs
         if gradients and loss is not None:
-            of_loss = energies_of(loss, outputs_of_student, answer, batch, ours, keep_graph=cross_entropy)
+            of_loss = energies_of(loss, outputs_of_student, theirs, batch, ours, keep_graph=cross_entropy)
         if gradients and cross_entropy:
             of_labels = energies_of(CrossEntropy(), outputs_of_student, None, batch, ours)
-    return ProbePass(ours, theirs, of_loss, of_labels)
+    return ProbePass(ours, answered, of_loss, of_labels)
 
 
 def full_precision_energies(split: SplitModel, batch: Batch, names: Sequence[str], context: Context) -> Values:
@@ -209,6 +249,11 @@ def energies_of(
     factor = FP16_SCALE if student.hidden.dtype == torch.float16 else 1.0
     scale = parts.num.clamp(min=1) * factor
     return gradient_energies(parts.sum * factor, scale, seen, keep_graph=keep_graph)
+
+
+def _repeats_itself(teacher: Teacher | None) -> bool:
+    """Not where FSDP2 shards it: the loss calls its head, whose weight only a forward pass gathers."""
+    return teacher is not None and teacher.repeats_itself and not isinstance(live_split(teacher, ""), FSDPModule)
 
 
 def _on_cpu(batch: Batch) -> list[Tensor | None]:
