@@ -1,8 +1,10 @@
-"""Telling transformers that no row holds more than one document.
+"""Where transformers waits for the device in a forward pass, and how not to.
 
-A causal model of transformers looks for documents packed into one row in every forward pass without a mask, by asking
-the device whether positions restart (`masking_utils.find_packed_sequence_indices`): the CPU waits there until the GPU
-has done everything before, and launches nothing meanwhile. Positions that the model counts itself never restart.
+The CPU waits there until the GPU has done everything before, and launches nothing meanwhile.
+
+A causal model looks for documents packed into one row whenever it has no mask, by asking the device whether positions
+restart (`masking_utils.find_packed_sequence_indices`); positions that the model counts itself never restart. The mask
+of eager attention takes a zero made on the CPU, until transformers 5.20 at least.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import masking_utils
 
@@ -35,3 +38,26 @@ def counted_by_the_model() -> Iterator[None]:
 
 def _none_packed(position_ids: Tensor) -> None:
     """What transformers finds for positions 0, 1, 2 ..."""
+
+
+@contextmanager
+def eager_masks_made_there() -> Iterator[None]:
+    """Inside, the masks of eager attention are made on the device altogether; they are the same."""
+    masks: Any = getattr(masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", None)
+    if masks is None or masks["eager"] is not masking_utils.eager_mask:  # somebody's own
+        yield
+        return
+    masks["eager"] = _eager_mask
+    try:
+        yield
+    finally:
+        del masks["eager"]  # transformers' own shows again
+
+
+def _eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    """transformers' `eager_mask`: 0 where its boolean mask says attend, else the least number of `dtype`."""
+    kwargs = {"allow_is_bidirectional_skip": False, **kwargs, "allow_is_causal_skip": False}
+    mask = masking_utils.sdpa_mask(*args, **kwargs)
+    if mask is None:
+        return None
+    return torch.where(mask, torch.zeros((), device=mask.device, dtype=dtype), torch.finfo(dtype).min)

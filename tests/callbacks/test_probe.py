@@ -15,6 +15,7 @@ from kdqat.training import KDQATModule, Parallel
 from kdqat.training.probe import Probe, Seen, compare, cut, plainly
 from kdqat.training.probe.probe import probe_pass, probed_layers
 from kdqat.training.signals import recorder_of
+from tests.models.waits import Waits
 from tests.training.toy import batch, make_module, train
 
 BATCH = batch(2, seed=5)
@@ -184,6 +185,21 @@ def test_another_batch_is_another_question() -> None:
         passes.append(probe.at(step, module.split, lambda: layers, teacher=teacher, loss=None, context=nullcontext))
     first, again, other = (one.answered.outputs.hidden for one in passes)
     assert first is again and teacher.asked == 2 and not torch.equal(first, other)
+
+
+def test_a_second_look_waits_for_nothing() -> None:
+    module, probe = built(), Probe(2, 8)
+    probe.attention, layers = True, probed_layers(module.split, module.student.refs, module.student.layers)
+    probe.gradient_steps.add(1)
+    probe.offer(BATCH, lambda state: state)
+    counts = []
+    for step in range(2):
+        with Waits() as waits:
+            seen = probe.at(step, module.split, lambda: layers, teacher=module.teacher, loss=module.loss,
+                            context=nullcontext)  # fmt: skip
+            compare(seen.student, seen.teacher)
+        counts.append(waits.count)
+    assert counts == [0, 0] and seen.loss
 
 
 def observers() -> list[Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdqat.losses.select import num_targets, rows_at, target_mask, target_positions
+from kdqat.losses import select
+from kdqat.losses.select import num_targets, remember_positions, rows_at, target_mask, target_positions
 from kdqat.types import IGNORE_INDEX, Batch
 from tests.losses.toy import ragged_batch, random_batch
+from tests.models.waits import Waits
 
 
 def test_the_last_position_of_a_row_predicts_nothing():
@@ -58,3 +60,23 @@ def test_an_answer_of_another_length_is_refused():
     batch = random_batch(2, 4)
     with pytest.raises(ValueError, match=r"\(2, 5\).*\(2, 4\)"):
         rows_at(torch.zeros(2, 5, 3), target_positions(batch), batch)
+
+
+def test_remembered_positions_are_the_same_and_nobody_waits_for_them():
+    batch = ragged_batch()
+    expected = target_positions(batch)
+    remember_positions(batch)
+    with Waits() as waits:
+        assert target_positions(batch) is target_positions(batch)
+    assert waits.count == 0 and torch.equal(target_positions(batch), expected)
+
+
+def test_positions_are_remembered_of_that_batch_alone_and_as_long_as_it_lives():
+    batch = random_batch(2, 4)
+    remember_positions(batch)
+    padded = batch._replace(attention_mask=torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]))
+    assert target_positions(padded).tolist() == [0, 4, 5, 6]  # other positions of the same labels
+    assert target_positions(batch._replace(labels=torch.full_like(batch.labels, IGNORE_INDEX))).tolist() == []
+    before = len(select._remembered)
+    del batch, padded
+    assert len(select._remembered) == before - 1

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
 
 from kdqat.losses import ForwardKL
 from kdqat.models import SplitModel, cut_vocabulary
-from kdqat.models.positions import counted_by_the_model
 from kdqat.models.roles import FAMILIES
 from kdqat.models.toy import toy_model, toy_tokenizer
 from kdqat.quant import LSQ, FakeQuantLinear
@@ -176,36 +173,6 @@ def test_rows_may_be_packed_differently(kind):
     batch = Batch(*(torch.cat(pair) if pair[0] is not None else None for pair in zip(first, second, strict=True)))
     for row, alone in enumerate((first, second)):
         torch.testing.assert_close(model(batch).hidden[row], model(alone).hidden[0], rtol=1e-4, atol=1e-5)
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes a GPU's user wait: numbers that the CPU reads off a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "local_scalar" in str(function) or "nonzero" in str(function)
-        return function(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-@every_family
-def test_a_pass_over_rows_of_one_document_waits_for_nothing_and_is_what_transformers_computes(kind):
-    model, ids = split(kind), random_ids()
-    with Waits() as waits:
-        hidden = model(Batch(ids, ids)).hidden
-    assert waits.count == (kind == "gpt2")  # which looks for padding of its own accord, to warn
-    assert torch.equal(hidden, model.model.get_submodule(model.family.body)(input_ids=ids).last_hidden_state)
-
-
-def test_transformers_looks_for_packed_documents_again_after_a_pass_that_failed():
-    looks = masking_utils.find_packed_sequence_indices
-    with pytest.raises(KeyError), counted_by_the_model():
-        assert masking_utils.find_packed_sequence_indices is not looks
-        raise KeyError
-    assert masking_utils.find_packed_sequence_indices is looks
 
 
 @pytest.mark.parametrize("kind", sorted(set(FAMILIES) - set(PACKING)))

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from kdqat.models import SplitModel
+from kdqat.models.positions import eager_masks_made_there
 from kdqat.quant import FakeQuantLayer
 
 _COMPILED = "_compiled_call_impl"  # where torch.compile in place leaves its code
@@ -38,7 +39,8 @@ def plainly(split: SplitModel, *, eager_attention: bool = False) -> Iterator[Non
     if eager_attention:
         split.use_eager_attention()
     try:
-        yield
+        with eager_masks_made_there():
+            yield
     finally:
         if eager_attention:
             split.model.set_attn_implementation(attention)  # type: ignore[operator]

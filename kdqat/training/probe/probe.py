@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from kdqat.losses import CrossEntropy, DistillLoss
+from kdqat.losses.select import remember_positions
 from kdqat.models import CachedTeacher, SplitModel, Teacher
 from kdqat.quant import FakeQuantConv1D, FakeQuantLinear, full_precision
 from kdqat.training.probe.batch import cut
@@ -131,12 +132,16 @@ class Probe:
             self.take(share(_on_cpu(cut(batch, self.num_rows, self.num_tokens))))
             assert self.batch is not None
         if self.batch.input_ids.device != batch.input_ids.device:
-            self.batch = move_data_to_device(self.batch, batch.input_ids.device)
+            self._keep(move_data_to_device(self.batch, batch.input_ids.device))
 
     def take(self, state: list[Tensor | None]) -> None:
         """Take over a batch as `state` gave it."""
         tensors: Any = state
-        self.batch, self._answered = Batch(*tensors), None
+        self._keep(Batch(*tensors))
+
+    def _keep(self, batch: Batch) -> None:
+        self.batch, self._answered = batch, None
+        remember_positions(batch)  # while the device has nothing to do
 
     def state(self) -> list[Tensor | None] | None:
         """The batch, for a checkpoint."""

@@ -1,0 +1,62 @@
+"""A forward pass waits for the device nowhere, and computes what transformers computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import masking_utils
+
+from kdqat.models import SplitModel
+from kdqat.models.positions import counted_by_the_model, eager_masks_made_there
+from kdqat.models.roles import FAMILIES
+from kdqat.models.toy import toy_model
+from kdqat.types import Batch
+from tests.models.waits import Waits
+
+IDS = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+every_family = pytest.mark.parametrize("kind", FAMILIES)
+
+
+@torch.no_grad()
+@every_family
+def test_a_pass_over_rows_of_one_document_waits_for_nothing_and_is_what_transformers_computes(kind):
+    model = SplitModel(toy_model(kind)).eval()
+    with Waits() as waits:
+        hidden = model(Batch(IDS, IDS)).hidden
+    assert waits.reads == (kind == "gpt2")  # which looks for padding of its own accord, to warn
+    assert torch.equal(hidden, model.model.get_submodule(model.family.body)(input_ids=IDS).last_hidden_state)
+
+
+def test_transformers_looks_for_packed_documents_again_after_a_pass_that_failed():
+    looks = masking_utils.find_packed_sequence_indices
+    with pytest.raises(KeyError), counted_by_the_model():
+        assert masking_utils.find_packed_sequence_indices is not looks
+        raise KeyError
+    assert masking_utils.find_packed_sequence_indices is looks
+
+
+@torch.no_grad()
+@every_family
+@pytest.mark.parametrize("padded", [False, True])
+def test_eager_attention_waits_for_nothing_either_and_is_the_same(kind, padded):
+    model = SplitModel(toy_model(kind)).eval()
+    model.use_eager_attention()
+    mask = torch.ones_like(IDS).index_fill_(1, torch.arange(20, 24), 0) if padded else None
+    with eager_masks_made_there():
+        with Waits() as waits:
+            hidden = model(Batch(IDS, IDS, mask)).hidden
+        assert masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["eager"] is not masking_utils.eager_mask
+    assert masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["eager"] is masking_utils.eager_mask
+    assert padded or kind in ("gpt2", "opt") or waits.count == 0  # these two of their own accord
+    assert torch.equal(hidden, model(Batch(IDS, IDS, mask)).hidden)
+
+
+def test_a_mask_of_somebodys_own_is_left_alone():
+    masks, own = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, lambda *args, **kwargs: None
+    masks["eager"] = own
+    try:
+        with eager_masks_made_there():
+            assert masks["eager"] is own
+        assert masks["eager"] is own
+    finally:
+        del masks["eager"]
