@@ -10,6 +10,7 @@ rank has the same rows.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ def grid_rows(
     """
     blocks = blocks_of(split.model)
     pending: dict[Any, list[_Rows]] = {}
+    sizes: Counter[Any] = Counter()  # weights in them
     units: dict[int | None, list[LayerRef]] = {}
     for ref in refs:
         units.setdefault(ref.block, []).append(ref)
@@ -82,14 +84,15 @@ def grid_rows(
                 layer = layers[ref.name]
                 rows = _rows(ref, layer.weight_fake_quantizer, layer.latent_matrix().detach(), max_rows)
                 key = (rows.quantizer.spec, rows.matrix.shape[1], rows.matrix.device)
-                waiting = pending.setdefault(key, [])
-                waiting.append(rows)
-                if sum(item.matrix.numel() for item in waiting) >= LIMIT:
+                pending.setdefault(key, []).append(rows)
+                sizes[key] += rows.matrix.numel()
+                if sizes[key] >= LIMIT:
                     yield _stack(pending.pop(key))
+                    sizes[key] = 0
             if sharded:  # the parameters go when the block is left
                 for waiting in pending.values():
                     yield _stack(waiting)
-                pending = {}
+                pending, sizes = {}, Counter()
     for waiting in pending.values():
         yield _stack(waiting)
 

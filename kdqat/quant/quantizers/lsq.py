@@ -54,7 +54,7 @@ class LSQ(FakeQuantizer):
         self.learn("scale", *(["zero_point"] if learn_zero_point else []))
 
     def qparams(self, groups: Tensor) -> QParams:
-        if self.gradient_scale == "none":
+        if self.gradient_scale == "none" or not torch.is_grad_enabled():
             return QParams(self.scale, self.zero_point)
         num_weights = math.prod(self.shape)
         sharing = num_weights if self.gradient_scale == "layer" else num_weights / self.scale.numel()
