@@ -127,6 +127,7 @@ class SignalRecorder(Observer):
         self._tell(trainer)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self._forget()
         try:  # a run that dies is the one whose signals are wanted
             self._write(trainer)
             self._tell(trainer)
@@ -134,6 +135,7 @@ class SignalRecorder(Observer):
             log.warning("%s could not be written (%s)", self.path, str(error).partition("\n")[0])
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self._forget()
         self._probes, self.grid = {}, {}
 
     def _forget(self) -> None:

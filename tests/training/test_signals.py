@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +115,28 @@ def test_a_run_that_dies_leaves_its_signals(tmp_path: Path) -> None:
         train(make_module(), [batch(2)] * 4, run=tmp_path, callbacks=observers)
     table = pq.read_table(tmp_path / "signals.parquet")
     assert set(table["step"].to_pylist()) == {0, 1, 2}  # step 2 was measured, and then it died
+
+
+class DiesAtOnce(Observer):
+    def on_after_backward(self, *_: Any) -> None:
+        assert not gc.isenabled()  # the probe's pass is there
+        raise ValueError("it died")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("dies", [False, True])
+def test_the_garbage_collector_is_left_as_it_was(dies: bool, enabled: bool) -> None:
+    class Collects(Observer):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert gc.isenabled() == enabled
+
+    try:
+        gc.enable() if enabled else gc.disable()
+        with pytest.raises(ValueError, match="it died") if dies else nullcontext():
+            train(make_module(), [batch(2)] * 4, callbacks=[SignalLog(), DiesAtOnce() if dies else Collects()])
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 def test_signals_that_cannot_be_written_do_not_hide_why_the_run_died(

@@ -14,6 +14,7 @@ outputs stays.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
@@ -119,6 +120,7 @@ class Probe:
         self.cross_entropy = False
         self.gradient_steps: set[int] = set()
         self._pass: tuple[int, ProbePass] | None = None
+        self._paused = False  # the garbage collector, by this probe
         self._names: list[str] | None = None
         self._answered: tuple[Any, Answered] | None = None  # the teacher, and what it says each time
 
@@ -161,6 +163,10 @@ class Probe:
         is a teacher that repeats itself."""
         if self._pass is None or self._pass[0] != step:
             assert self.batch is not None
+            # thousands of tensors that all go at once, by `forget`: counted as new objects they would have Python look
+            # for garbage among all that there are, for 0.1 s and more
+            self._paused = self._paused or gc.isenabled()
+            gc.disable()
             self._names = [ref.name for ref in layers()] if self._names is None else self._names
             asked = teacher, loss, self.attention
             known = self._answered[1] if self._answered is not None and self._answered[0] == asked else None
@@ -184,6 +190,9 @@ class Probe:
     def forget(self) -> None:
         """Let the last pass go."""
         self._pass = None
+        if self._paused:
+            gc.enable()
+        self._paused = False
 
 
 def probe_pass(
