@@ -5,7 +5,7 @@
 For each BUDGET (average bits, counted with scales), of symmetric 4, 3 and 2 bits in groups of 64: `knapsack` on costs
 of OutputKL by layer, `lim` (4 and 2 bits by LIM's ranking of blocks, the paper's two levels), `random-S` (the
 knapsack's candidates in a random order, families tied as in it, at the same bytes), and of the two widths next to the
-budget alone `pair` (a knapsack) and `pair-random-S`. OUT_DIR/NAME-BUDGET.json is what `FromFile` reads; the scores lie
+budget alone `pair` (a knapsack), `lim-pair` and `pair-random-S`. OUT_DIR/NAME-BUDGET.json is what `FromFile` reads; the scores lie
 beside them, and are not measured again. Calibration is text that evaluation does not see.
 """
 
@@ -51,6 +51,7 @@ def main(path: str, data_dir: str, out_dir: str, *arguments: str) -> None:
         below = next(level for level in LEVELS if widths[level] <= budget)
         pair = [LEVELS[LEVELS.index(below) - 1], below]
         allocators["pair"] = Knapsack(costs, schemes=pair, average_bits=budget)
+        allocators["lim-pair"] = ByImportance(lim, pair, average_bits=budget)
         for prefix, levels in (("random", LEVELS), ("pair-random", pair)):
             for seed in range(SEEDS):
                 random = ByImportance(costs, levels, average_bits=budget, order="random", seed=seed)
