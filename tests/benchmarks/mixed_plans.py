@@ -5,8 +5,8 @@
 For each BUDGET (average bits, counted with scales), of symmetric 4, 3 and 2 bits in groups of 64: `knapsack` on costs
 of OutputKL by layer, `lim` (4 and 2 bits by LIM's ranking of blocks, the paper's two levels), `random-S` (the
 knapsack's candidates in a random order, families tied as in it, at the same bytes), and of the two widths next to the
-budget alone `pair` (a knapsack), `lim-pair` and `pair-random-S`. OUT_DIR/NAME-BUDGET.json is what `FromFile` reads; the scores lie
-beside them, and are not measured again. Calibration is text that evaluation does not see.
+budget alone `pair` (a knapsack), `lim-pair` and `pair-random-S`. OUT_DIR/NAME-BUDGET.json is what `FromFile` reads;
+the scores lie beside them, and are not measured again. Calibration is text that evaluation does not see.
 """
 
 from __future__ import annotations
