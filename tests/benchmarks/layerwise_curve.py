@@ -1,7 +1,7 @@
 """The curve of Layer-Wise Quantization (https://arxiv.org/abs/2406.17415): quality against the share of low-bit blocks.
 
     python tests/benchmarks/layerwise_curve.py MODEL DATA_DIR OUT_DIR WINDOWS STEP [BACKEND ...]
-    python tests/benchmarks/layerwise_curve.py plot OUT_DIR/curve.jsonl OUT_DIR/curve.png
+    python tests/benchmarks/layerwise_plot.py OUT_DIR/curve.jsonl OUT_DIR/curve.png
 
 MODEL is a .gguf or a Hugging Face folder. Perplexity and KL to full precision on WINDOWS windows of 1024 tokens of
 WikiText-2 (0: all), with 0, STEP, 2 STEP ... blocks moved from 4 to 2 bits and from 8 to 4, for orderings by LIM, ZD
@@ -236,43 +236,5 @@ def average(refs: Sequence[LayerRef], schemes: Sequence[LayerScheme]) -> float:
     return sum(stored) / sum(math.prod(ref.shape) for ref in refs)
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """KL above perplexity, a column for each backend and pair of widths; random orders are a band with their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = list(dict.fromkeys((row["backend"], row["bits"]) for row in rows))
-    figure, axes = pyplot.subplots(2, len(panels), figsize=(4.6 * len(panels), 8), squeeze=False, layout="constrained")
-    for column, (backend, bits) in enumerate(panels):
-        here = [row for row in rows if (row["backend"], row["bits"]) == (backend, bits)]
-        for line, key in enumerate(("kl", "perplexity")):
-            ax = axes[line][column]
-            for order in dict.fromkeys(row["order"] for row in here if not row["order"].startswith("random")):
-                points = sorted((row["share"], row[key]) for row in here if row["order"] == order)
-                style = "--" if order.endswith("reversed") else "-"
-                ax.plot(*zip(*points, strict=True), style, marker=".", label=order)
-            by_share: dict[float, list[float]] = {}
-            for row in here:
-                if row["order"].startswith("random"):
-                    by_share.setdefault(row["share"], []).append(row[key])
-            shares = sorted(by_share)
-            if shares:
-                low, high = ([end(by_share[share]) for share in shares] for end in (min, max))
-                ax.fill_between(shares, low, high, color="0.85", label="random, 5 seeds")
-                ax.plot(shares, [sum(by_share[s]) / len(by_share[s]) for s in shares], color="0.5")
-            ax.set_yscale("log")
-            ax.set_xlabel(f"share of blocks moved from {bits} bits")
-            ax.set_ylabel("KL to full precision" if key == "kl" else "perplexity, WikiText-2")
-            ax.set_title(backend)
-    axes[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "plot":
-        plot([json.loads(line) for line in Path(sys.argv[2]).read_text().splitlines()], Path(sys.argv[3]))
-    else:
-        main(*sys.argv[1:])
+    main(*sys.argv[1:])

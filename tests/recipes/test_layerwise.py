@@ -36,7 +36,8 @@ def test_a_toy_is_scored_quantized_and_measured(name: str, tmp_path: Path) -> No
     small = ["--trainer.default_root_dir", "run", "--model.student.path", "toy:llama", "--trainer.accelerator", "cpu"]
     small += ["--model.plan.scores", "run/scores.json", "--score.calibration.text", "kdqat:prose"]
     small += ["--score.calibration.seq_len", "32", "--score.calibration.num_rows", "2"]
-    wanted = 3.4 if "w4w2" in name else 6.3  # of two blocks one is to get the high level
+    # of two blocks one is to get the high level, of single layers about half
+    wanted = next(bits for pair, bits in {"w4w2": 3.4, "w4w3": 3.8, "w8w4": 6.3}.items() if pair in name)
     small += ["--model.initializer.num_steps", "2", "--model.plan.average_bits", str(wanted)]
     run(tmp_path, "score", str(FOLDER / name), *small)
     run(tmp_path, "quantize", str(FOLDER / name), *small)
