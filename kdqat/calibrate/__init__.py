@@ -4,10 +4,11 @@ text -> calibration_batches -> stream_blocks -> BlockCall.run -> AbsMax, Range, 
 """
 
 from kdqat.calibrate.block_call import BlockCall, calibrating, layer_inputs
+from kdqat.calibrate.kept import KeptStatistics
 from kdqat.calibrate.ranges import calibrate_ranges, needs_range, set_range
 from kdqat.calibrate.statistics import AbsMax, AbsMean, Hessian, InputSample, Range
 from kdqat.calibrate.stream import stream_blocks
-from kdqat.calibrate.text import Calibration, calibration_batches
+from kdqat.calibrate.text import Calibration, calibration_batches, text_digest
 from kdqat.calibrate.visit import visiting
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Calibration",
     "Hessian",
     "InputSample",
+    "KeptStatistics",
     "Range",
     "calibrate_ranges",
     "calibrating",
@@ -25,5 +27,6 @@ __all__ = [
     "needs_range",
     "set_range",
     "stream_blocks",
+    "text_digest",
     "visiting",
 ]

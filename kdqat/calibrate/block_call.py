@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdqat.calibrate.statistics import InputSample
+from kdqat.calibrate.kept import KeptStatistics
+from kdqat.calibrate.statistics import InputSample, Statistic
 from kdqat.models.roles import Family
 from kdqat.quant import FakeQuantExperts, full_precision
 
@@ -32,9 +33,11 @@ class BlockCall(ABC):
         inputs: the block's hidden states [B, T, H], one tensor a micro-batch, where the stream keeps them. Empty
             outside the blocks, and once the next call has been asked for.
         family: of the model; None where a caller made this call without one.
+        kept: where statistics lie that `gather` need not count again; None: nowhere.
     """
 
     family: Family | None = None
+    kept: KeptStatistics | None = None
 
     def __init__(
         self, index: int | None, module: nn.Module, prefix: str, masks: Sequence[Tensor], *, sequential: bool
@@ -101,6 +104,22 @@ class BlockCall(ABC):
                 self._padded = None if mask.all() else mask
                 self.forward(i)
 
+    def gather(self, statistics: Mapping[str, Sequence[Statistic]]) -> None:
+        """Have statistics count the inputs of layers: by `run`, or from what an earlier run has `kept`.
+
+        Args:
+            statistics: full layer name -> those of its input, nothing counted yet.
+
+        Raises:
+            ValueError: as `run`; for kept statistics of another model or text.
+        """
+        device = next(self.module.parameters()).device
+        if self.kept is not None and self.kept.fill(self.prefix, statistics, device):
+            return
+        self.run(on_input={name: _all_of(several) for name, several in statistics.items()})
+        if self.kept is not None:
+            self.kept.add(self.prefix, statistics)
+
     def end(self) -> None:
         """Let go of the inputs; `run` refuses from now on."""
         self._over, self.inputs = True, []
@@ -145,6 +164,14 @@ class BlockCall(ABC):
                 "told from text; calibrate on packed text, which has no padding"
             )
         return rows[self._padded.flatten().to(rows.device)]
+
+
+def _all_of(statistics: Sequence[Statistic]) -> Listener:
+    def listen(x: Tensor) -> None:
+        for statistic in statistics:
+            statistic.update(x)
+
+    return listen
 
 
 def layer_inputs(call: BlockCall, names: Sequence[str], *, max_tokens: int) -> dict[str, Tensor]:

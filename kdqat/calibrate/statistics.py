@@ -6,17 +6,53 @@ half precision has neither the range for a sum of squares nor, in bf16, the digi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
+
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 
-class AbsMax:
+
+class Statistic(ABC):
+    """Something that grows with every micro-batch and can be put down and taken up again (`kept.py`).
+
+    Attributes:
+        fields: the attributes that are all of it.
+    """
+
+    fields: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None:
+        """Count inputs x [tokens, I]."""
+
+    def state(self) -> dict[str, Tensor]:
+        """`fields` as tensors.
+
+        Raises:
+            ValueError: if nothing has been seen.
+        """
+        return {field: torch.as_tensor(_seen(getattr(self, field))) for field in self.fields}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        for field in self.fields:
+            counts = isinstance(getattr(self, field), int)
+            setattr(self, field, int(state[field]) if counts else state[field])
+
+
+class AbsMax(Statistic):
     """The largest magnitude of every feature: what scales that move between weights and activations come from
     (SmoothQuant, https://arxiv.org/abs/2211.10438).
 
     Attributes:
         per_feature: [I]; None before the first update.
     """
+
+    fields = ("per_feature",)
 
     def __init__(self) -> None:
         self.per_feature: Tensor | None = None
@@ -36,13 +72,15 @@ class AbsMax:
         return _seen(self.per_feature).amax()
 
 
-class AbsMean:
+class AbsMean(Statistic):
     """The mean magnitude of every feature: how much AWQ protects it (https://arxiv.org/abs/2306.00978).
 
     Attributes:
         sum: [I]; None before the first update.
         num_tokens: the rows it is summed over.
     """
+
+    fields = ("sum", "num_tokens")
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -63,12 +101,14 @@ class AbsMean:
         return _seen(self.sum if self.num_tokens else None) / self.num_tokens
 
 
-class Range:
+class Range(Statistic):
     """The smallest and the largest input of all features: what a static activation scale has to cover.
 
     Attributes:
         min, max: 0-D; None before the first update.
     """
+
+    fields = ("min", "max")
 
     def __init__(self) -> None:
         self.min: Tensor | None = None
@@ -120,7 +160,7 @@ class InputSample:
         return torch.cat(self._rows) if self._rows else _seen(None)
 
 
-class Hessian:
+class Hessian(Statistic):
     """X^T X, half the Hessian of a layer's squared output error: what GPTQ solves with
     (https://arxiv.org/abs/2210.17323).
 
@@ -128,6 +168,8 @@ class Hessian:
         sum: [I, I] fp32; None before the first update.
         num_tokens: the rows it is summed over.
     """
+
+    fields = ("sum", "num_tokens")
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -150,7 +192,7 @@ class Hessian:
         return _seen(self.sum if self.num_tokens else None)
 
 
-def _seen(result: Tensor | None) -> Tensor:
+def _seen(result: T | None) -> T:
     if result is None:
         raise ValueError("this layer has seen no input: give more calibration text, or leave the layer out of the plan")
     return result

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdqat.calibrate.block_call import BlockCall, calibrating, hidden_of
 from kdqat.calibrate.capture import Captured, capture, on_device
+from kdqat.calibrate.kept import KeptStatistics
 from kdqat.calibrate.visit import visiting
 from kdqat.models import SplitModel, block_prefix, blocks_of
 from kdqat.types import Batch
@@ -31,6 +32,7 @@ def stream_blocks(
     store: torch.device | str = "cpu",
     max_tokens: int | None = None,
     device: torch.device | str | None = None,
+    kept: KeptStatistics | None = None,
 ) -> Generator[BlockCall, None, None]:
     """Every block of the model in order, and at last what lies outside the blocks (`lm_head`), ready to be run.
 
@@ -46,13 +48,17 @@ def stream_blocks(
         store: where hidden states, masks and tables wait.
         max_tokens: take no further batch once there are so many tokens; None: take all.
         device: where a block computes in its turn; None: where it is. What lies outside of blocks stays where it is.
+        kept: statistics of earlier runs, and a place for those of this one (`BlockCall.gather`); not with `sequential`.
 
     Yields:
         BlockCall, good until the next one is asked for.
 
     Raises:
-        ValueError: for text without tokens, or a model whose blocks are not called once each, in order.
+        ValueError: for text without tokens, a model whose blocks are not called once each, in order, and `kept` with
+            `sequential`.
     """
+    if sequential and kept is not None:
+        raise ValueError("what quantized blocks give is of this run alone: keep no statistics, or sequential=False")
     captured = capture(split, batches, sequential=sequential, store=torch.device(store), max_tokens=max_tokens)
     blocks = list(blocks_of(split.model))
     hidden, num_blocks = captured.hidden, len(blocks)
@@ -66,7 +72,7 @@ def stream_blocks(
                 call = _Block(i, split, captured, hidden, sequential=sequential)
             else:
                 call = _Outside(split, captured, sequential=sequential)
-            call.family = split.family
+            call.family, call.kept = split.family, kept
             try:
                 yield call
                 hidden = call.advance() if isinstance(call, _Block) and i < num_blocks - 1 else []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -77,6 +79,14 @@ def _chosen(available: int, num_rows: int, seed: int | None) -> torch.Tensor:
     return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_rows]
 
 
+def text_digest(batches: Iterable[Batch]) -> str:
+    """sha256 over the token ids."""
+    digest = sha256()
+    for batch in batches:
+        digest.update(batch.input_ids.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The calibration text of a recipe, and what is done with it. Building one reads nothing.
@@ -86,6 +96,8 @@ class Calibration:
         seq_len, num_rows, batch_size, seed: see `calibration_batches`.
         max_tokens: sampled inputs a layer, chosen evenly over the text.
         ranges: of static activations: "minmax" covers all that was sampled, "mse" clips where that loses less.
+        keep: a folder for statistics of full-precision inputs (AWQ's), which later runs over the same model and text
+            read there, whatever their plan; None: none are kept. What quantized blocks give (GPTQ) never is.
     """
 
     text: str | TextSource | list[str | TextSource]
@@ -95,6 +107,7 @@ class Calibration:
     seed: int | None = None
     max_tokens: int = 4096
     ranges: RangeMethod = "minmax"
+    keep: str | None = None
 
     def batches(self, tokenizer: Any) -> list[Batch]:
         """The rows as micro-batches; errors as `calibration_batches`."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any, ClassVar, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
+from kdqat.calibrate import text_digest
 from kdqat.models import SplitModel, block_prefix
 from kdqat.spec import LayerScheme, Scores, Unit, parse_scheme, preset_name, scheme_names
 from kdqat.types import EMBEDDING, ROUTER, Batch, LayerRef
@@ -125,14 +125,6 @@ def units_of(layers: Sequence[LayerRef], unit: Unit, prefix: str) -> dict[str, t
     if not found:
         raise ValueError("score: none of the layers lies in a transformer block, so there is nothing to score")
     return {name: tuple(names) for name, names in found.items()}
-
-
-def text_digest(batches: Iterable[Batch]) -> str:
-    """sha256 over the token ids."""
-    digest = sha256()
-    for batch in batches:
-        digest.update(batch.input_ids.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def progress(items: Sequence[T], text: str) -> Iterable[T]:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from kdqat.calibrate import AbsMean, BlockCall, Hessian, calibrating, needs_range
-from kdqat.calibrate.block_call import Listener
 from kdqat.initializers.awq_fold import divide_outputs, foldable, multiply_inputs
 from kdqat.initializers.awq_search import search_clip, search_scale
 from kdqat.initializers.base import Initializer
@@ -71,7 +70,7 @@ class AWQ(Initializer):
         hessians = self._fold(searched, call) if block.index is not None else {}
         missing = {name: Hessian() for name in searched if name not in hessians}
         if missing:
-            call.run(on_input={name: hessian.update for name, hessian in missing.items()})
+            call.gather({name: (hessian,) for name, hessian in missing.items()})
         for name, layer in searched.items():
             with naming(name):
                 hessian = hessians[name] if name in hessians else missing[name].matrix
@@ -95,7 +94,7 @@ class AWQ(Initializer):
         if not folds:
             return {}
 
-        call.run(on_input={name: _both(*statistics) for name, statistics in heard.items()})
+        call.gather(heard)
         before = _output(call)
         hessians: dict[str, Tensor] = {}
         for fold in folds:
@@ -110,14 +109,6 @@ class AWQ(Initializer):
             hessians |= dict.fromkeys(fold.quantized, hessian / scale.unsqueeze(1) / scale)
         _require_same(before, _output(call), call)
         return hessians
-
-
-def _both(hessian: Hessian, mean: AbsMean) -> Listener:
-    def listen(x: Tensor) -> None:
-        hessian.update(x)
-        mean.update(x)
-
-    return listen
 
 
 def _output(call: BlockCall) -> Tensor:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from kdqat.allocate import BitAllocator
-from kdqat.calibrate import BlockCall, Calibration, calibrate_ranges, needs_range, stream_blocks, visiting
+from kdqat.calibrate import (
+    BlockCall,
+    Calibration,
+    KeptStatistics,
+    calibrate_ranges,
+    needs_range,
+    stream_blocks,
+    text_digest,
+    visiting,
+)
 from kdqat.initializers import Initializer
 from kdqat.models import ModelSource, SplitModel, apply_kv_cache, block_prefix, blocks_of, plannable_refs
 from kdqat.quant import (
@@ -28,7 +38,7 @@ from kdqat.quant import (
 from kdqat.quant.kv import kv_caches
 from kdqat.spec import LayerScheme, QuantPlan
 from kdqat.student.student import Student
-from kdqat.types import BlockView
+from kdqat.types import Batch, BlockView
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +84,9 @@ def prepare_student(
         log.info("activations keep a global scale of 1; model.calibration sets it on text, as engines store it")
     calls: Iterable[BlockCall | None] = repeat(None)
     if calibration is not None and (needed or ranges):
-        calls = stream_blocks(split, calibration.batches(tokenizer), sequential=initializer.sequential, device=device)
+        batches, sequential = calibration.batches(tokenizer), initializer.sequential
+        kept = _kept(calibration, source, batches, initializer)
+        calls = stream_blocks(split, batches, sequential=sequential, device=device, kept=kept)
     for view in block_views(split.model, calls):
         if view.call is not None and calibration is not None:
             calibrate_ranges(view.call, view.layers, method=calibration.ranges, max_tokens=calibration.max_tokens)
@@ -85,6 +97,18 @@ def prepare_student(
     bits = student.summary()["average_bits"]
     log.info("plan: %d layers, %.3f bits a weight counted with scales; %s", len(plan), bits, coverage)
     return student
+
+
+def _kept(
+    calibration: Calibration, source: ModelSource, batches: Sequence[Batch], initializer: Initializer
+) -> KeptStatistics | None:
+    if calibration.keep is None:
+        return None
+    if initializer.sequential:
+        name = type(initializer).__name__
+        log.info("calibration.keep: %s hears what its own quantized blocks give; nothing is kept or read", name)
+        return None
+    return KeptStatistics(Path(calibration.keep), model=source.fingerprint(), text=text_digest(batches))
 
 
 def install_plan(

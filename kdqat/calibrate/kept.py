@@ -1,0 +1,84 @@
+"""Statistics of layer inputs that outlive a run: a folder with one safetensors file for each block.
+
+They belong to one model and one text, which every file names, so that nobody goes on with those of another. Only what
+full-precision inputs give is kept: what quantized blocks give is of one plan and one method alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kdqat.calibrate.statistics import Statistic
+from kdqat.files import whole_file
+
+log = logging.getLogger(__name__)
+
+OUTSIDE = "outside_of_the_blocks"
+
+
+class KeptStatistics:
+    """Statistics in `folder`.
+
+    Args:
+        model: fingerprint of the source.
+        text: digest of the token ids.
+    """
+
+    def __init__(self, folder: Path, *, model: str, text: str) -> None:
+        self.folder, self.about = Path(folder), {"model": model, "text": text}
+
+    def fill(self, block: str, wanted: Mapping[str, Sequence[Statistic]], device: torch.device) -> bool:
+        """Give `wanted`, by layer, what is kept of `block`; False, and nothing given, unless all of it is.
+
+        Raises:
+            ValueError: for statistics of another model or text, and for a file that cannot be read.
+        """
+        found = self._read(block)
+        states = {(name, i): _named(name, one) for name, several in wanted.items() for i, one in enumerate(several)}
+        if not all(key in found for keys in states.values() for key in keys.values()):
+            return False
+        for (name, i), keys in states.items():
+            wanted[name][i].load({field: found[key].to(device) for field, key in keys.items()})
+        return True
+
+    def add(self, block: str, gathered: Mapping[str, Sequence[Statistic]]) -> None:
+        """Keep `gathered` beside what is there of `block`."""
+        tensors = self._read(block)
+        for name, several in gathered.items():
+            for one in several:
+                state = one.state()
+                tensors |= {key: state[field].cpu().contiguous() for field, key in _named(name, one).items()}
+        with whole_file(self._file(block)) as part:
+            save_file(tensors, part, metadata=self.about)
+
+    def _file(self, block: str) -> Path:
+        return self.folder / f"{block or OUTSIDE}.safetensors"
+
+    def _read(self, block: str) -> dict[str, Tensor]:
+        file = self._file(block)
+        if not file.is_file():
+            return {}
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                about = tensors.metadata() or {}
+                for what, mine in self.about.items():
+                    if about.get(what) != mine:
+                        raise ValueError(
+                            f"{file}: these statistics are of another {what}; name another folder "
+                            "(model.calibration.keep), or remove this one"
+                        )
+                return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise ValueError(f"{file}: {error}; remove it, and it is made again") from error
+
+
+def _named(layer: str, statistic: Statistic) -> dict[str, str]:
+    """Field -> the name of its tensor in a file."""
+    return {field: f"{layer}/{type(statistic).__name__}/{field}" for field in statistic.fields}
