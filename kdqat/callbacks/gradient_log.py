@@ -22,7 +22,7 @@ from kdqat.callbacks.observed import LayerObserver, grid_of_step, is_whole_step,
 from kdqat.training.energies import loss_scale, signal_to_noise, weight_energies
 from kdqat.training.grid import GridRows
 from kdqat.training.probe import Probe, live_split, require_live
-from kdqat.training.probe.probe import full_precision_energies
+from kdqat.training.probe.passes import full_precision_energies
 from kdqat.training.step import summed_over_ranks
 from kdqat.types import LayerRef
 

@@ -14,7 +14,7 @@ from kdqat.student import Student
 from kdqat.training.edits import Observer
 from kdqat.training.grid import GridRows, grid_rows
 from kdqat.training.probe import Probe, ProbePass
-from kdqat.training.probe.probe import probed_layers
+from kdqat.training.probe.passes import probed_layers
 from kdqat.training.signals import SignalRecorder, recorder_of
 from kdqat.types import LayerRef
 

@@ -59,7 +59,9 @@ class SignalLog(LayerObserver):
         super().on_train_start(trainer, module)
         everything, refs = not any(self.select.values()), self._refs
         self._places = places_of(module.student.model, refs) if everything else {ref.name: ref for ref in refs}
-        self._probe().attention |= self.attention
+        probe = self._probe()
+        probe.attention |= self.attention
+        probe.compares = True
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         offer_batch(self._probe(), self._probe_batch, trainer, batch)
@@ -68,9 +70,8 @@ class SignalLog(LayerObserver):
     def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
         if not self._due(trainer) or not is_whole_step(trainer):
             return
-        seen, batch = pass_of(self._probe(), trainer, module), self._probe().batch
-        assert batch is not None
-        for metric, refs, values in signal_values(seen, batch, self._places):
+        seen = pass_of(self._probe(), trainer, module)
+        for metric, refs, values in signal_values(seen, self._probe().positions, self._places):
             self._recorder.add(trainer.global_step, "signal", metric, refs, values)
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,13 +4,16 @@ The CPU waits there until the GPU has done everything before, and launches nothi
 
 A causal model looks for documents packed into one row whenever it has no mask, by asking the device whether positions
 restart (`masking_utils.find_packed_sequence_indices`); positions that the model counts itself never restart. The mask
-of eager attention takes a zero made on the CPU, until transformers 5.20 at least.
+of eager attention takes a zero made on the CPU in transformers 5.20 and before, not in 5.23: `eager_masks_made_there`
+can go when kdqat needs that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,7 +47,8 @@ def _none_packed(position_ids: Tensor) -> None:
 def eager_masks_made_there() -> Iterator[None]:
     """Inside, the masks of eager attention are made on the device altogether; they are the same."""
     masks: Any = getattr(masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", None)
-    if masks is None or masks["eager"] is not masking_utils.eager_mask:  # somebody's own
+    own: Any = getattr(masking_utils, "eager_mask", None)
+    if masks is None or masks["eager"] is not own or not _waits(own):  # somebody's own, or fine as is
         yield
         return
     masks["eager"] = _eager_mask
@@ -52,6 +56,11 @@ def eager_masks_made_there() -> Iterator[None]:
         yield
     finally:
         del masks["eager"]  # transformers' own shows again
+
+
+@lru_cache(maxsize=1)
+def _waits(eager_mask: Callable[..., Any]) -> bool:
+    return "torch.tensor(" in inspect.getsource(eager_mask)
 
 
 def _eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:

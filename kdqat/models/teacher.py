@@ -36,7 +36,7 @@ class Teacher(ABC):
     Attributes:
         shares_weights: it computes with the student's latent weights, which must then stay as they were loaded.
         repeats_itself: what it and its layers answered to a batch once is what they will always answer to it, so that
-            observers need not ask again.
+            observers need not ask again. Whoever overrides `outputs` says so anew.
     """
 
     shares_weights: ClassVar[bool] = False

@@ -43,10 +43,13 @@ class CSVMetrics(Logger):
         step = 0 if step is None else step
         if self._rows is None:
             self._rows = [row for row in _read(self.path) if row["step"] <= step]
-        if self._rows and self._rows[-1]["step"] == step:
-            self._rows[-1].update(metrics)
+        place = len(self._rows)  # observers' values come while the next step runs, of which somebody may have logged
+        while place and self._rows[place - 1]["step"] > step:
+            place -= 1
+        if place and self._rows[place - 1]["step"] == step:
+            self._rows[place - 1].update(metrics)
         else:
-            self._rows.append({"step": step, **metrics})
+            self._rows.insert(place, {"step": step, **metrics})
         self._unsaved += 1
         if self._unsaved >= 20:
             self.save()

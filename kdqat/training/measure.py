@@ -14,7 +14,8 @@ from kdqat.data import Texts
 from kdqat.models import FrozenTeacher, Teacher, layer_refs
 from kdqat.student import Student
 from kdqat.training.probe import live_split, require_live
-from kdqat.training.probe.probe import full_precision_energies, probe_pass, probed_layers
+from kdqat.training.probe.batch import real_positions
+from kdqat.training.probe.passes import full_precision_energies, probe_pass, probed_layers
 from kdqat.training.tables import places_of, signal_values
 from kdqat.types import Batch, LayerRef
 
@@ -74,7 +75,7 @@ def measure_signals(student: Student, teacher: Teacher, batch: Batch) -> list[Ro
                       gradients=gradients, cross_entropy=gradients)  # fmt: skip
     places = places_of(student.model, refs)
     rows: list[Row] = []
-    for metric, where, values in signal_values(seen, batch, places):
+    for metric, where, values in signal_values(seen, real_positions(batch), places):
         rows += _rows("signal", metric, where, values)
     if gradients and not any(getattr(teacher, option, False) for option in ("fp8", "offload")):
         found, ours = seen.cross_entropy["weight_energy"]

@@ -95,8 +95,7 @@ class SignalRecorder(Observer):
     def table(self) -> pa.Table:
         """All rows so far, by SCHEMA."""
         self._read()
-        self._tables = [pa.concat_tables(self._tables)] if self._tables else [SCHEMA.empty_table()]
-        return self._tables[0]
+        return self._joined()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._tables, self._unlogged, self._pending, self._arriving = [], [], [], []
@@ -119,19 +118,22 @@ class SignalRecorder(Observer):
         self._pending = []
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
-        self._write(trainer)
-        self._tell(trainer)  # a run that goes on from here does not measure it again
+        self._settle(trainer)  # a run that goes on from here does not measure it again
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._write(trainer)
-        self._tell(trainer)
+        self._settle(trainer)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self._forget()
-        try:  # a run that dies is the one whose signals are wanted
-            self._write(trainer)
-            self._tell(trainer)
-        except (OSError, RuntimeError) as error:  # a lost device, a full disk: the run's own error is the one to see
+        for probe in self._probes.values():
+            probe.let_go()
+        # A run that dies is the one whose signals are wanted; its own error is the one to see.
+        try:
+            self._read()
+        except RuntimeError as error:  # a lost device
+            log.warning("the last step's signals could not be read (%s)", str(error).partition("\n")[0])
+        try:
+            self._settle(trainer)
+        except OSError as error:  # a full disk
             log.warning("%s could not be written (%s)", self.path, str(error).partition("\n")[0])
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
@@ -158,11 +160,23 @@ class SignalRecorder(Observer):
         """Make tables of all that was noted."""
         self._send()
         arriving, self._arriving = self._arriving, []
-        for pending, values, copied in arriving:
+        for pending, values, copied in arriving:  # of a lost device none will ever come
             if copied is not None:
                 copied.synchronize()
             self._tables.append(_table(pending, values.tolist()))
             self._unlogged.append(self._tables[-1])
+
+    def _settle(self, trainer: L.Trainer) -> None:
+        """Write and tell everything there is."""
+        self._read()
+        try:
+            self._write(trainer)
+        finally:
+            self._tell(trainer)
+
+    def _joined(self) -> pa.Table:
+        self._tables = [pa.concat_tables(self._tables)] if self._tables else [SCHEMA.empty_table()]
+        return self._tables[0]
 
     def _tell(self, trainer: L.Trainer) -> None:
         """Give the loggers what they have not had."""
@@ -175,7 +189,7 @@ class SignalRecorder(Observer):
     def _write(self, trainer: L.Trainer) -> None:
         if self.path is None or not trainer.is_global_zero:
             return
-        table = self.table()
+        table = self._joined()
         if len(table):
             with whole_file(self.path) as part:
                 pq.write_table(table, part)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kdqat.training.probe import ProbePass, compare
 from kdqat.training.probe.capture import attention_refs, block_refs
-from kdqat.types import Batch, LayerRef
+from kdqat.types import LayerRef
 
 
 def places_of(model: nn.Module, refs: Sequence[LayerRef]) -> dict[str, LayerRef]:
@@ -17,11 +17,13 @@ def places_of(model: nn.Module, refs: Sequence[LayerRef]) -> dict[str, LayerRef]
 
 
 def signal_values(
-    seen: ProbePass, batch: Batch, places: Mapping[str, LayerRef]
+    seen: ProbePass, positions: Tensor | None, places: Mapping[str, LayerRef]
 ) -> Iterator[tuple[str, list[LayerRef | None], Tensor]]:
-    """Metric, places and values [L] of student against teacher, None for a place that is not among `places`; padding
-    is left out."""
+    """Metric, places and values [L] of student against teacher, None for a place that is not among `places`.
+
+    Args:
+        positions: [n] indices of the tokens that count among B * T; None: all.
+    """
     assert seen.teacher is not None
-    positions = None if batch.attention_mask is None else batch.attention_mask.flatten().nonzero().squeeze(1)
     for metric, (names, values) in compare(seen.student, seen.teacher, positions).items():
         yield metric, [places.get(name) for name in names], values  # no selection there: it would wait for the device

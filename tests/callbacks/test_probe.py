@@ -10,12 +10,11 @@ import torch
 
 from kdqat.callbacks import GradientLog, OscillationLog, SignalLog
 from kdqat.losses import ForwardKL
-from kdqat.models import CachedTeacher, FrozenTeacher, SharedTeacher, blocks_of
+from kdqat.models import CachedTeacher, SharedTeacher, blocks_of
+from kdqat.quant import FakeQuantLinear
 from kdqat.training import KDQATModule, Parallel
-from kdqat.training.probe import Probe, Seen, compare, cut, plainly
-from kdqat.training.probe.probe import probe_pass, probed_layers
-from kdqat.training.signals import recorder_of
-from tests.models.waits import Waits
+from kdqat.training.probe import Seen, compare, cut, plainly
+from kdqat.training.probe.passes import probe_pass
 from tests.training.toy import batch, make_module, train
 
 BATCH = batch(2, seed=5)
@@ -134,72 +133,20 @@ def test_a_shared_teacher_is_the_student_in_full_precision() -> None:
     assert torch.allclose(ours, theirs)
 
 
-class Counting:
-    """A teacher that counts how often it answers the probe's batch, which is shorter than the training's."""
+def test_weights_are_constants_for_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, learns = built(), []
+    inner = FakeQuantLinear.fake_quantized_weight
 
-    asked = 0
+    def weight(layer: Any, dtype: Any = None) -> Any:
+        found = inner(layer, dtype)
+        learns.append(found.requires_grad)
+        return found
 
-    def outputs(self, batch: Any, *wants: Any) -> Any:
-        self.asked += batch.input_ids.shape[1] == 8
-        return super().outputs(batch, *wants)  # type: ignore[misc]
-
-
-class Frozen(Counting, FrozenTeacher):
-    pass
-
-
-class Doubtful(Frozen):
-    repeats_itself = False
-
-
-class Shared(Counting, SharedTeacher):
-    pass
-
-
-def signals_of(teacher: Any, **changes: Any) -> list[dict[str, Any]]:
-    """Of a probe of 8 tokens at steps 0, 2 and 4."""
-    shared = [
-        SignalLog(every_n_steps=2, num_tokens=8),
-        GradientLog(every_n_steps=2, probe_every_n_steps=2, num_tokens=8, full_precision_ratio=True),
-    ]
-    module = make_module(teacher=teacher, **changes)
-    trainer = train(module, [batch(2, seed=n) for n in range(5)], callbacks=shared)
-    return recorder_of(trainer, "").table().to_pylist()
-
-
-def test_a_frozen_teacher_is_asked_about_the_probe_once_and_others_each_time() -> None:
-    once, always, moving = Frozen(), Doubtful(), Shared()
-    assert signals_of(once) == signals_of(always) != []
-    signals_of(moving, trainable="scales")
-    assert (once.asked, always.asked, moving.asked) == (1, 3, 3)
-
-
-def test_another_batch_is_another_question() -> None:
-    probe, teacher = Probe(2, 8), Frozen()
-    module = built(teacher=teacher)
-    layers = probed_layers(module.split, module.student.refs, module.student.layers)
-    passes = []
-    for step, text in ((0, batch(2, seed=5)), (1, None), (2, batch(2, seed=6))):
-        if text is not None:
-            probe.take(list(cut(text, 2, 8)[:5]))
-        passes.append(probe.at(step, module.split, lambda: layers, teacher=teacher, loss=None, context=nullcontext))
-    first, again, other = (one.answered.outputs.hidden for one in passes)
-    assert first is again and teacher.asked == 2 and not torch.equal(first, other)
-
-
-def test_a_second_look_waits_for_nothing() -> None:
-    module, probe = built(), Probe(2, 8)
-    probe.attention, layers = True, probed_layers(module.split, module.student.refs, module.student.layers)
-    probe.gradient_steps.add(1)
-    probe.offer(BATCH, lambda state: state)
-    counts = []
-    for step in range(2):
-        with Waits() as waits:
-            seen = probe.at(step, module.split, lambda: layers, teacher=module.teacher, loss=module.loss,
-                            context=nullcontext)  # fmt: skip
-            compare(seen.student, seen.teacher)
-        counts.append(waits.count)
-    assert counts == [0, 0] and seen.loss
+    monkeypatch.setattr(FakeQuantLinear, "fake_quantized_weight", weight)
+    probed(module, gradients=True)
+    assert learns == [False] * 14  # of two blocks
+    module.split(BATCH)
+    assert learns[14:] == [True] * 14
 
 
 def observers() -> list[Any]:

@@ -56,3 +56,12 @@ def test_rows_are_on_disk_every_twenty_and_no_temporary_file_stays(tmp_path: Pat
         logger.log_metrics({"train/loss": 1.0}, step)
     assert len(rows(tmp_path)) == 20
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_values_that_come_a_step_late_join_their_row(tmp_path):
+    logger = CSVMetrics(str(tmp_path))
+    for step, name in ((0, "loss"), (1, "lr"), (0, "signal"), (1, "loss"), (5, "loss"), (3, "signal")):
+        logger.log_metrics({name: float(step)}, step)
+    logger.finalize("success")
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines == ["step,loss,signal,lr", "0,0.0,0.0,", "1,1.0,,1.0", "3,,3.0,", "5,5.0,,"]

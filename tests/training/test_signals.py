@@ -80,18 +80,20 @@ def test_loggers_get_means_by_role_at_the_step_of_the_row_and_maxima_of_maxima()
     assert len(trainer.loggers[0].rows) == 1  # nothing new, nothing logged
 
 
+@pytest.mark.parametrize("run", [True, False])
 @pytest.mark.parametrize("end", ["on_train_end", "on_save_checkpoint", "on_exception"])
-def test_the_last_steps_values_reach_file_and_loggers_once(end: str, tmp_path: Path) -> None:
-    recorder, trainer = SignalRecorder(tmp_path), fake_trainer()
+def test_the_last_steps_values_reach_file_and_loggers_once(end: str, run: bool, tmp_path: Path) -> None:
+    recorder, trainer = SignalRecorder(tmp_path if run else None), fake_trainer()
     for step in (3, 4):
         recorder.add(step, "gradient", "energy", [O0], torch.tensor([float(step)]))
         recorder.on_train_batch_end(trainer)
     recorder.add(5, "gradient", "energy", [O0], torch.tensor([5.0]))  # of a step that is not over
-    assert recorder.table()["step"].to_pylist() == [3, 4, 5]  # whoever asks has them, the loggers as well later
+    if run:  # whoever asks has them, the loggers as well later
+        assert recorder.table()["step"].to_pylist() == [3, 4, 5]
     getattr(recorder, end)(trainer, None, *([ValueError()] if end == "on_exception" else []))
     recorder.on_after_backward(trainer)
     assert [step for step, _ in trainer.loggers[0].rows] == [3, 4, 5]
-    assert pq.read_table(tmp_path / "signals.parquet")["value"].to_pylist() == [3.0, 4.0, 5.0]
+    assert not run or pq.read_table(tmp_path / "signals.parquet")["value"].to_pylist() == [3.0, 4.0, 5.0]
 
 
 def test_only_the_first_process_logs_and_writes(tmp_path: Path) -> None:
@@ -145,8 +147,31 @@ def test_signals_that_cannot_be_written_do_not_hide_why_the_run_died(
     (tmp_path / "file").write_text("no folder")
     recorder = SignalRecorder(tmp_path / "file" / "run")
     recorder.add(0, "gradient", "energy", [O0], torch.ones(1))
-    recorder.on_exception(fake_trainer(), None, ValueError())
-    assert "signals.parquet could not be written" in caplog.text
+    trainer = fake_trainer()
+    recorder.on_exception(trainer, None, ValueError())
+    assert "signals.parquet could not be written" in caplog.text and len(trainer.loggers[0].rows) == 1
+
+
+class Lost:
+    """The event of a device that is gone."""
+
+    def synchronize(self) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+def test_a_lost_device_takes_its_last_step_with_it_and_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, trainer = SignalRecorder(tmp_path), fake_trainer()
+    recorder.add(0, "gradient", "energy", [O0], torch.ones(1))
+    recorder.on_train_batch_end(trainer)
+    recorder.on_after_backward(trainer)
+    recorder.add(1, "gradient", "energy", [O0], torch.ones(1))
+    recorder.on_train_batch_end(trainer)
+    recorder._arriving = [one._replace(copied=Lost()) for one in recorder._arriving]
+    recorder.on_exception(trainer, None, RuntimeError())
+    assert "the last step's signals could not be read (CUDA error" in caplog.text
+    assert pq.read_table(tmp_path / "signals.parquet")["step"].to_pylist() == [0]
 
 
 def test_a_resumed_run_drops_rows_from_its_step_on_and_a_new_one_all(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from kdqat.losses.select import num_targets
 from kdqat.types import Batch
 
@@ -19,3 +21,8 @@ def cut(batch: Batch, num_rows: int, num_tokens: int) -> Batch:
     rest = (corner(batch.attention_mask), corner(batch.segment_ids), corner(batch.position_ids))
     small = Batch(ids, labels, *rest)
     return small if int(num_targets(small)) else small._replace(labels=ids)
+
+
+def real_positions(batch: Batch) -> Tensor | None:
+    """[n] indices of the tokens among B * T that are no padding; None: all of them. Waits for the device."""
+    return None if batch.attention_mask is None else batch.attention_mask.flatten().nonzero().squeeze(1)

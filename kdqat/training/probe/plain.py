@@ -58,14 +58,14 @@ def plainly(split: SplitModel, *, eager_attention: bool = False) -> Iterator[Non
 @contextmanager
 def constant_weights(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, the fake-quantized weights of `layers` are constants for autograd: gradients of outputs need no more."""
-    chosen: list[Any] = [layer for layer in layers if isinstance(layer, FakeQuantLayer)]
-    for layer in chosen:
-        layer.fake_quantized_weight = torch.no_grad()(layer.fake_quantized_weight)
+    chosen: list[Any] = list(dict.fromkeys(layer for layer in layers if isinstance(layer, FakeQuantLayer)))
     try:
+        for layer in chosen:
+            layer.fake_quantized_weight = torch.no_grad()(layer.fake_quantized_weight)
         yield
     finally:
         for layer in chosen:
-            del layer.fake_quantized_weight  # the class has it
+            vars(layer).pop("fake_quantized_weight", None)  # the class has it
 
 
 @contextmanager
