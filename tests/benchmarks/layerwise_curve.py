@@ -8,9 +8,9 @@ WikiText-2 (0: all), with 0, STEP, 2 STEP ... blocks moved from 4 to 2 bits and 
 and OutputKL (leave-one-in on C4, weights by RTN), these three reversed, 5 random ones, and `knapsack`: the layers'
 schemes with the least sum of OutputKL costs at the bytes of the same number of blocks. BACKEND is a class of
 kdqat.initializers (default: RTN, GPTQ, QuantoMax). Blocks are quantized once for each backend
-and width and then swapped, so GPTQ sees full-precision inputs (sequential off): its Hessians do not depend on the other
-blocks' bits. A run computes only from the first changed block on. Rows append to OUT_DIR/curve.jsonl, scores lie in
-OUT_DIR/scores; what is there already is not measured again. No BACKEND but `none`: scores alone.
+and width and then swapped; GPTQ hears what the blocks before give at the same width. A run computes only from the first
+changed block on. Rows append to OUT_DIR/curve.jsonl, scores lie in OUT_DIR/scores; what is there already is not
+measured again. No BACKEND but `none`: scores alone.
 """
 
 from __future__ import annotations
@@ -126,8 +126,6 @@ def quantized_weights(original: SplitModel, source: ModelSource, tokenizer: Any,
     found = {}
     for bits in sorted({bits for pair in PAIRS for bits in pair}):
         initializer = getattr(initializers, backend)()
-        if hasattr(initializer, "sequential") and initializer.sequential:
-            initializer.sequential = False
         student = prepare_student(
             source,
             Planned(backend, bits),
@@ -212,7 +210,6 @@ def main(path: str, data_dir: str, out_dir: str, num_windows: str, step: str, *n
                 numbers = curve.measure(backend, weights, bits)
                 row = {
                     "backend": backend,
-                    "sequential": False,
                     "bits": f"{high} to {low}",
                     "order": name,
                     "low_blocks": k,
