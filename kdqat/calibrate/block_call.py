@@ -111,7 +111,7 @@ class BlockCall(ABC):
             statistics: full layer name -> those of its input, nothing counted yet.
 
         Raises:
-            ValueError: as `run`; for kept statistics of another model or text.
+            ValueError: as `run`; for kept statistics of another model, dtype or text.
         """
         device = next(self.module.parameters()).device
         if self.kept is not None and self.kept.fill(self.prefix, statistics, device):

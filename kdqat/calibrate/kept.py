@@ -1,7 +1,9 @@
 """Statistics of layer inputs that outlive a run: a folder with one safetensors file for each block.
 
-They belong to one model and one text, which every file names, so that nobody goes on with those of another. Only what
-full-precision inputs give is kept: what quantized blocks give is of one plan and one method alone.
+They belong to one model in one dtype and to one text, which every file names, so that nobody goes on with those of
+another. Only what full-precision inputs give is kept: what quantized blocks give is of one plan and one method alone.
+
+A Hessian of I inputs takes 4 * I^2 bytes: a block of SmolLM2-135M 13 MB, one of Llama-2-7B 0.7 GB.
 """
 
 from __future__ import annotations
@@ -28,17 +30,19 @@ class KeptStatistics:
 
     Args:
         model: fingerprint of the source.
+        dtype: of its weights and arithmetic.
         text: digest of the token ids.
     """
 
-    def __init__(self, folder: Path, *, model: str, text: str) -> None:
-        self.folder, self.about = Path(folder), {"model": model, "text": text}
+    def __init__(self, folder: Path, *, model: str, dtype: str, text: str) -> None:
+        self.folder, self.about = Path(folder), {"model": model, "dtype": dtype, "text": text}
+        self._said = False
 
     def fill(self, block: str, wanted: Mapping[str, Sequence[Statistic]], device: torch.device) -> bool:
         """Give `wanted`, by layer, what is kept of `block`; False, and nothing given, unless all of it is.
 
         Raises:
-            ValueError: for statistics of another model or text, and for a file that cannot be read.
+            ValueError: for statistics of another model, dtype or text, and for a file that cannot be read.
         """
         found = self._read(block)
         states = {(name, i): _named(name, one) for name, several in wanted.items() for i, one in enumerate(several)}
@@ -46,6 +50,9 @@ class KeptStatistics:
             return False
         for (name, i), keys in states.items():
             wanted[name][i].load({field: found[key].to(device) for field, key in keys.items()})
+        if not self._said:
+            log.info("calibration: statistics of an earlier run are read from %s", self.folder)
+        self._said = True
         return True
 
     def add(self, block: str, gathered: Mapping[str, Sequence[Statistic]]) -> None:

@@ -108,7 +108,8 @@ def _kept(
         name = type(initializer).__name__
         log.info("calibration.keep: %s hears what its own quantized blocks give; nothing is kept or read", name)
         return None
-    return KeptStatistics(Path(calibration.keep), model=source.fingerprint(), text=text_digest(batches))
+    about = {"model": source.fingerprint(), "dtype": source.dtype, "text": text_digest(batches)}
+    return KeptStatistics(Path(calibration.keep), **about)
 
 
 def install_plan(

@@ -47,13 +47,14 @@ def runs(monkeypatch) -> list[str]:
 def prepared(
     keep: Path | None, scheme: str = "W4A16_G32", initializer: Initializer | None = None, **changes
 ) -> Student:
-    source = ModelSource(changes.pop("model", "toy:llama"))
+    source = ModelSource(changes.pop("model", "toy:llama"), changes.pop("dtype", "float32"))
     text = replace(TEXT, keep=None if keep is None else str(keep), **changes)
     plan = Uniform(scheme, ignore=("lm_head",))
     return prepare_student(source, plan, Fixed, initializer or AWQ(num_ratios=4, num_clip_steps=3), calibration=text)
 
 
-def test_a_second_run_listens_to_nothing_and_gives_the_same_student(tmp_path, runs):
+def test_a_second_run_listens_to_nothing_and_gives_the_same_student(tmp_path, runs, caplog):
+    caplog.set_level(logging.INFO)
     plain = prepared(None).model.state_dict()
     first = prepared(tmp_path).model.state_dict()
     assert sorted(file.name for file in tmp_path.iterdir()) == [
@@ -63,6 +64,7 @@ def test_a_second_run_listens_to_nothing_and_gives_the_same_student(tmp_path, ru
     before = len(runs)
     second = prepared(tmp_path).model.state_dict()
     assert before and len(runs) == before
+    assert caplog.text.count("statistics of an earlier run are read from") == 1
     for name, tensor in plain.items():
         assert torch.equal(tensor, first[name]) and torch.equal(tensor, second[name]), name
 
@@ -88,7 +90,13 @@ def test_what_is_missing_is_heard_and_added(tmp_path, runs):
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"), [({"num_rows": 2}, "text"), ({"model": "toy:qwen3"}, "model"), ({"seed": 1}, "text")]
+    ("changes", "what"),
+    [
+        ({"num_rows": 2}, "text"),
+        ({"model": "toy:qwen3"}, "model"),
+        ({"seed": 1}, "text"),
+        ({"dtype": "bfloat16"}, "dtype"),
+    ],
 )
 def test_statistics_of_something_else_are_refused_by_file_and_left_alone(tmp_path, changes, what):
     prepared(tmp_path)
@@ -110,7 +118,7 @@ def test_what_hears_quantized_blocks_keeps_nothing_and_says_so(tmp_path, caplog)
         prepared(tmp_path / "kept", initializer=GPTQ())
     assert "calibration.keep: GPTQ hears what its own quantized blocks give" in caplog.text
     assert not (tmp_path / "kept").exists()
-    kept = KeptStatistics(tmp_path, model="a", text="b")
+    kept = KeptStatistics(tmp_path, model="a", dtype="float32", text="b")
     with pytest.raises(ValueError, match="is of this run alone"):
         next(stream_blocks(split_model("llama"), texts(), sequential=True, kept=kept))
 
