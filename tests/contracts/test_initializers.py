@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdqat.initializers
+from kdqat.calibrate import BlockCall
 from kdqat.initializers import RTN, Initializer, StoredScales
 from kdqat.models.roles import Family, Fold
 from kdqat.quant import LSQ, FakeQuantLinear, Fixed, MinMax
@@ -46,7 +47,8 @@ def build(cls) -> Initializer:
 class StubCall:
     """Stands in for a BlockCall: a norm, and every layer behind it hears the same random inputs."""
 
-    num_tokens, prefix, sequential = 40, "block", False
+    num_tokens, prefix, sequential, kept = 40, "block", False, None
+    gather = BlockCall.gather
     family = Family("", {"a": "up", "b": "up"}, folds=(Fold("norm", ("a", "b", "plain")),))
 
     def __init__(self, layers: Mapping[str, FakeQuantLinear]) -> None:
