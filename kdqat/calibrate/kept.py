@@ -44,12 +44,12 @@ class KeptStatistics:
         Raises:
             ValueError: for statistics of another model, dtype or text, and for a file that cannot be read.
         """
-        found = self._read(block)
-        states = {(name, i): _named(name, one) for name, several in wanted.items() for i, one in enumerate(several)}
-        if not all(key in found for keys in states.values() for key in keys.values()):
+        keys = {(name, i): _named(name, one) for name, several in wanted.items() for i, one in enumerate(several)}
+        found = self._read(block, {key for names in keys.values() for key in names.values()})
+        if found is None:
             return False
-        for (name, i), keys in states.items():
-            wanted[name][i].load({field: found[key].to(device) for field, key in keys.items()})
+        for (name, i), names in keys.items():
+            wanted[name][i].load({field: found[key].to(device) for field, key in names.items()})
         if not self._said:
             log.info("calibration: statistics of an earlier run are read from %s", self.folder)
         self._said = True
@@ -57,7 +57,7 @@ class KeptStatistics:
 
     def add(self, block: str, gathered: Mapping[str, Sequence[Statistic]]) -> None:
         """Keep `gathered` beside what is there of `block`."""
-        tensors = self._read(block)
+        tensors = self._read(block) or {}
         for name, several in gathered.items():
             for one in several:
                 state = one.state()
@@ -68,20 +68,22 @@ class KeptStatistics:
     def _file(self, block: str) -> Path:
         return self.folder / f"{block or OUTSIDE}.safetensors"
 
-    def _read(self, block: str) -> dict[str, Tensor]:
+    def _read(self, block: str, wanted: set[str] | None = None) -> dict[str, Tensor] | None:
+        """The tensors `wanted` of `block` (None: all there are); None if one is not there."""
         file = self._file(block)
         if not file.is_file():
-            return {}
+            return None
         try:
             with safe_open(file, framework="pt") as tensors:
-                about = tensors.metadata() or {}
+                about, there = tensors.metadata() or {}, set(tensors.keys())
                 for what, mine in self.about.items():
                     if about.get(what) != mine:
                         raise ValueError(
                             f"{file}: these statistics are of another {what}; name another folder "
                             "(model.calibration.keep), or remove this one"
                         )
-                return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 - no mapping
+                asked = there if wanted is None else wanted
+                return {key: tensors.get_tensor(key) for key in asked} if asked <= there else None
         except SafetensorError as error:
             raise ValueError(f"{file}: {error}; remove it, and it is made again") from error
 

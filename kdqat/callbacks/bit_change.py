@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -88,7 +89,7 @@ def _owners(split: SplitModel) -> dict[int, nn.Module]:
     """Quantizer (by id) -> the FSDP2 module that gathers it, the innermost one; none without FSDP2."""
     found: dict[int, nn.Module] = {}
     for module in split.modules():  # outer ones first
-        if hasattr(module, "unshard") and hasattr(module, "reshard"):
+        if isinstance(module, FSDPModule):
             found |= {id(inner): module for inner in module.modules() if isinstance(inner, FakeQuantizer)}
     return found
 

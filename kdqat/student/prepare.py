@@ -84,9 +84,9 @@ def prepare_student(
         log.info("activations keep a global scale of 1; model.calibration sets it on text, as engines store it")
     calls: Iterable[BlockCall | None] = repeat(None)
     if calibration is not None and (needed or ranges):
-        batches, sequential = calibration.batches(tokenizer), initializer.sequential
+        batches = calibration.batches(tokenizer)
         kept = _kept(calibration, source, batches, initializer)
-        calls = stream_blocks(split, batches, sequential=sequential, device=device, kept=kept)
+        calls = stream_blocks(split, batches, sequential=initializer.sequential, device=device, kept=kept)
     for view in block_views(split.model, calls):
         if view.call is not None and calibration is not None:
             calibrate_ranges(view.call, view.layers, method=calibration.ranges, max_tokens=calibration.max_tokens)

@@ -15,15 +15,9 @@ from kdqat.quant import FakeQuantLinear
 from kdqat.training import KDQATModule, Parallel
 from kdqat.training.probe import Seen, compare, cut, plainly
 from kdqat.training.probe.passes import probe_pass
-from tests.training.toy import batch, make_module, train
+from tests.training.toy import batch, built, make_module, train
 
 BATCH = batch(2, seed=5)
-
-
-def built(**changes: Any) -> KDQATModule:
-    module = make_module(**changes)
-    module.build()
-    return module
 
 
 def probed(module: KDQATModule, **options: Any) -> Any:

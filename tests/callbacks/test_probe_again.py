@@ -12,22 +12,15 @@ from torch.distributed.fsdp import FSDPModule
 
 from kdqat.callbacks import GradientLog, SignalLog
 from kdqat.models import FrozenTeacher, SharedTeacher, SplitModel
-from kdqat.training import KDQATModule
 from kdqat.training.probe import Probe, cut
 from kdqat.training.probe.passes import probed_layers
 from kdqat.training.probe.probe import _repeats_itself
 from kdqat.training.signals import recorder_of
 from kdqat.training.tables import signal_values
 from tests.models.waits import Waits
-from tests.training.toy import batch, make_module, train
+from tests.training.toy import batch, built, make_module, train
 
 BATCH = batch(2, seed=5)
-
-
-def built(**changes: Any) -> KDQATModule:
-    module = make_module(**changes)
-    module.build()
-    return module
 
 
 class Counting:

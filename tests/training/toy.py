@@ -62,6 +62,13 @@ class Loader:
         return iter(self.batches)
 
 
+def built(**changes: Any) -> KDQATModule:
+    """`make_module`'s, ready to run without a trainer."""
+    module = make_module(**changes)
+    module.build()
+    return module
+
+
 def train(
     module: KDQATModule, batches: Sequence[Batch], *, run: Path | None = None, val: Sequence[Batch] = (), **args: Any
 ) -> L.Trainer:

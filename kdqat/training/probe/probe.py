@@ -54,7 +54,7 @@ class Probe:
         self._pass: tuple[int, ProbePass] | None = None
         self._paused = False  # the garbage collector, by this probe
         self._names: list[str] | None = None
-        self._answered: tuple[Any, Answered] | None = None  # the teacher, and what it says each time
+        self._answered: tuple[Any, Answered] | None = None  # who was asked for what, and what it says each time
 
     def offer(self, batch: Batch, share: Callable[[Any], Any]) -> None:
         """Cut the probe's batch from a training batch, unless there is one.
@@ -94,48 +94,37 @@ class Probe:
     ) -> ProbePass:
         """The pass of `step`: made once, whoever asks; arguments as `probe_pass`. `layers` are asked for once, and so
         is a teacher that repeats itself."""
-        if self._pass is None or self._pass[0] != step:
-            # thousands of tensors that all go at once, by `forget`: counted as new objects they would have Python look
-            # for garbage among all that there are, for 0.1 s and more
-            self._paused = self._paused or gc.isenabled()
-            gc.disable()
-            try:
-                self._look(step, student, layers, teacher, loss, context)
-            except BaseException:
-                self.forget()
-                raise
-        assert self._pass is not None
-        return self._pass[1]
-
-    def _look(
-        self,
-        step: int,
-        student: SplitModel,
-        layers: Callable[[], Sequence[LayerRef]],
-        teacher: Teacher | None,
-        loss: DistillLoss | None,
-        context: Context,
-    ) -> None:
+        if self._pass is not None and self._pass[0] == step:
+            return self._pass[1]
         assert self.batch is not None
-        self._names = [ref.name for ref in layers()] if self._names is None else self._names
-        asked = teacher, loss, self.attention
-        known = self._answered[1] if self._answered is not None and self._answered[0] == asked else None
-        found = probe_pass(
-            student,
-            self.batch,
-            self._names,
-            teacher=teacher,
-            loss=loss,
-            context=context,
-            attention=self.attention,
-            gradients=any(step % every == 0 for every in self.gradient_steps),
-            cross_entropy=self.cross_entropy,
-            answered=known,
-        )
+        # thousands of tensors that all go at once, by `forget`: counted as new objects they would have Python look for
+        # garbage among all that there are, for 0.1 s and more
+        self._paused = self._paused or gc.isenabled()
+        gc.disable()
+        try:
+            self._names = [ref.name for ref in layers()] if self._names is None else self._names
+            asked = teacher, loss, self.attention
+            known = self._answered[1] if self._answered is not None and self._answered[0] == asked else None
+            found = probe_pass(
+                student,
+                self.batch,
+                self._names,
+                teacher=teacher,
+                loss=loss,
+                context=context,
+                attention=self.attention,
+                gradients=any(step % every == 0 for every in self.gradient_steps),
+                cross_entropy=self.cross_entropy,
+                answered=known,
+            )
+            if found.answered is not None and _repeats_itself(teacher):
+                seen = found.answered.seen if self.compares else Seen({}, {}, {})
+                self._answered = asked, found.answered._replace(seen=seen)
+        except BaseException:
+            self.forget()
+            raise
         self._pass = step, found
-        if found.answered is not None and _repeats_itself(teacher):
-            seen = found.answered.seen if self.compares else Seen({}, {}, {})
-            self._answered = asked, found.answered._replace(seen=seen)
+        return found
 
     def forget(self) -> None:
         """Let the last pass go."""
