@@ -32,11 +32,14 @@ class KeptStatistics:
         model: fingerprint of the source.
         dtype: of its weights and arithmetic.
         text: digest of the token ids.
+
+    Attributes:
+        used: something was read or kept.
     """
 
     def __init__(self, folder: Path, *, model: str, dtype: str, text: str) -> None:
         self.folder, self.about = Path(folder), {"model": model, "dtype": dtype, "text": text}
-        self._said = False
+        self.used = self._said = False
 
     def fill(self, block: str, wanted: Mapping[str, Sequence[Statistic]], device: torch.device) -> bool:
         """Give `wanted`, by layer, what is kept of `block`; False, and nothing given, unless all of it is.
@@ -52,7 +55,7 @@ class KeptStatistics:
             wanted[name][i].load({field: found[key].to(device) for field, key in names.items()})
         if not self._said:
             log.info("calibration: statistics of an earlier run are read from %s", self.folder)
-        self._said = True
+        self.used = self._said = True
         return True
 
     def add(self, block: str, gathered: Mapping[str, Sequence[Statistic]]) -> None:
@@ -64,6 +67,7 @@ class KeptStatistics:
                 tensors |= {key: state[field].cpu().contiguous() for field, key in _named(name, one).items()}
         with whole_file(self._file(block)) as part:
             save_file(tensors, part, metadata=self.about)
+        self.used = True
 
     def _file(self, block: str) -> Path:
         return self.folder / f"{block or OUTSIDE}.safetensors"

@@ -83,6 +83,7 @@ def prepare_student(
     if ranges and calibration is None:
         log.info("activations keep a global scale of 1; model.calibration sets it on text, as engines store it")
     calls: Iterable[BlockCall | None] = repeat(None)
+    kept = None
     if calibration is not None and (needed or ranges):
         batches = calibration.batches(tokenizer)
         kept = _kept(calibration, source, batches, initializer)
@@ -92,6 +93,8 @@ def prepare_student(
             calibrate_ranges(view.call, view.layers, method=calibration.ranges, max_tokens=calibration.max_tokens)
         with visiting(_modules(split.model, view), device if view.call is None else None):
             initializer.initialize(view)
+    if kept is not None and not kept.used:
+        log.info("calibration.keep: %s counts nothing that is kept", type(initializer).__name__)
     plan = replace(plan, layers={name: _as_built(layer, plan[name]) for name, layer in _planned(split.model, plan)})
     student = Student(split, tokenizer, source, plan, coverage)
     bits = student.summary()["average_bits"]

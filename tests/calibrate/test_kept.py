@@ -22,7 +22,7 @@ from kdqat.calibrate import (
     Range,
     stream_blocks,
 )
-from kdqat.initializers import AWQ, GPTQ, Initializer
+from kdqat.initializers import AWQ, GPTQ, RTN, Initializer
 from kdqat.models import ModelSource
 from kdqat.quant import Fixed
 from kdqat.student import Student, prepare_student
@@ -124,6 +124,15 @@ def test_what_hears_quantized_blocks_keeps_nothing_and_says_so(tmp_path, caplog)
     kept = KeptStatistics(tmp_path, model="a", dtype="float32", text="b")
     with pytest.raises(ValueError, match="is of this run alone"):
         next(stream_blocks(split_model("llama"), texts(), sequential=True, kept=kept))
+
+
+def test_what_counts_nothing_that_is_kept_says_so(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        prepared(tmp_path / "kept", "W8A8_STATIC", RTN())
+    assert "calibration.keep: RTN counts nothing that is kept" in caplog.text and not (tmp_path / "kept").exists()
+    with caplog.at_level(logging.INFO):
+        prepared(tmp_path / "kept")
+    assert "AWQ counts nothing" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", [AbsMax, AbsMean, Range, Hessian])
